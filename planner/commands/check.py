@@ -1,0 +1,268 @@
+"""planner check and planner sweep: run configurations for real, against a plan or over a grid."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+import planner
+from planner.commands.progress import Progress, Silent
+from planner.commands.session import Session, open_session
+from planner.errors import BadInput
+from planner.files import Journal, journal_path
+from planner.measurements import fingerprint
+from planner.plans import Check, CheckCell, Estimate, Interval, Plan, Sweep, SweepCell, Trial, load_plan, mean_round_s, tokens_per_round
+from planner.specs import PLAIN, DraftConfig, Workload, checked, describe
+
+TOLERANCE = 0.05  # a check passes unless the choice is shown to be worse than this
+EPSILON_TEXTS = 4  # texts between two looks of an elimination
+MAX_EPSILON_TEXTS = 64
+
+
+def check(
+    plan_path: str | Path,
+    dataset: Sequence[str],
+    *,
+    num_texts: int = 8,
+    epsilon: float | None = None,
+    device: str | None = None,
+    seed: int = 1,
+    progress: Progress = Silent(),
+) -> Check:
+    """Run the plan's choice, plain decoding and the runners-up on texts that the profile did not see."""
+    plan = load_plan(plan_path)
+    session = open_session(plan.model, dtype=plan.dtype, device=device)
+    return run_check(session, plan, fingerprint(plan_path), dataset, num_texts=num_texts, epsilon=epsilon, seed=seed, progress=progress)
+
+
+def run_check(
+    session: Session, plan: Plan, plan_sha256: str, dataset: Sequence[str], *, num_texts: int, epsilon: float | None, seed: int, progress: Progress
+) -> Check:  # fmt: skip
+    """The same with a model that is already loaded."""
+    from planner.profiler.device import complaints, read_environment
+    from planner.profiler.texts import draw_prompts, expand
+    from planner.profiler.trial import run_trials
+    from planner.search.compare import objective_by_text, tied_within
+
+    if session.model.fingerprint != plan.target_fingerprint:
+        raise BadInput(
+            f"a plan is checked on the model it was made for ({plan.target_fingerprint}), this one is {session.model.fingerprint}; profile this model"
+        )
+    if num_texts < 2:
+        raise BadInput(f"a paired comparison needs at least 2 texts, got {num_texts}; raise --texts")
+    began = time.perf_counter()
+    environment = read_environment(session.model.device)
+    workload, arms = plan.workload, _arms(plan)
+    total = num_texts if epsilon is None else max(num_texts, MAX_EPSILON_TEXTS)
+    files = expand(list(dataset))
+    try:
+        prompts = draw_prompts(session.tokenizer, files, length=workload.context_len, count=total, seed=seed, seen=plan.seen_texts)
+    except BadInput:
+        if epsilon is None:
+            raise
+        total = num_texts  # as many as asked for must be there; more are welcome
+        prompts = draw_prompts(session.tokenizer, files, length=workload.context_len, count=total, seed=seed, seen=plan.seen_texts)
+    progress.stage("check", num_texts * len(arms))
+    trials: list[Trial] = []
+    racing, done, shown = set(arms), 0, None
+    looks = 1 + max(0, len(prompts) - num_texts) // EPSILON_TEXTS
+    while done < len(prompts):
+        step = num_texts if done == 0 else EPSILON_TEXTS
+        running = [config for config in arms if config in racing or config == plan.chosen]
+        if done:
+            progress.stage("telling the tied ones apart", step * len(running))
+        for trial in run_trials(
+            session.model, prompts[done : done + step], running, workload.sampler, output_len=workload.output_len,
+            stop_tokens=session.tokenizer.stop_tokens, seed=seed + done, warm=done == 0,
+        ):  # fmt: skip
+            trials.append(trial)
+            progress.advance()
+        done += step
+        if epsilon is None:
+            break
+        racing, shown = tied_within(objective_by_text(trials, plan.objective), plan.chosen, epsilon, looks)
+        if shown is not None:
+            break
+    return _report(plan, plan_sha256, arms, trials, environment, complaints(environment), (time.perf_counter() - began) / 60, epsilon, shown)
+
+
+def sweep(
+    model: str,
+    dataset: Sequence[str],
+    *,
+    workload: Workload,
+    configs: Sequence[DraftConfig],
+    num_texts: int = 8,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    seed: int = 1,
+    out: str | Path,
+    resume: bool = False,
+    progress: Progress = Silent(),
+) -> Sweep:
+    """Run a whole grid, plain decoding included. What is finished stands in a journal beside `out`; resume goes on from it."""
+    from planner.profiler.device import complaints, describe_device, read_environment
+    from planner.profiler.texts import draw_prompts, expand
+    from planner.profiler.trial import run_trials
+
+    began = time.perf_counter()
+    workload = checked(workload)
+    session = open_session(model, dtype=dtype, device=device)
+    limit = session.model.spec.max_context_len
+    if workload.context_len + workload.output_len > limit:
+        raise BadInput(f"context + output must fit the model's {limit} tokens, got {workload.context_len} + {workload.output_len}; shorten one")
+    environment = read_environment(session.model.device)
+    arms = list(dict.fromkeys([PLAIN, *configs]))
+    prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=num_texts, seed=seed)
+    header = _SweepRun(
+        planner=planner.__version__, fingerprint=session.model.fingerprint, device=describe_device(session.model.device).name, dtype=dtype,
+        workload=workload, seed=seed, texts=[prompt.key for prompt in prompts],
+    )  # fmt: skip
+    journal = Journal(journal_path(out), header, resume=resume)
+    entries = [entry for entry in journal.entries(_Finished) if entry.trial.config in arms]
+    trials, earlier_minutes = [entry.trial for entry in entries], sum(entry.minutes for entry in entries)
+    progress.stage("sweep", len(arms) * len(prompts))
+    progress.advance(len(trials))
+    last = began
+    known = {(trial.text, trial.config) for trial in trials}
+    for trial in run_trials(
+        session.model,
+        prompts,
+        arms,
+        workload.sampler,
+        output_len=workload.output_len,
+        stop_tokens=session.tokenizer.stop_tokens,
+        seed=seed,
+        skip=known,
+    ):
+        now = time.perf_counter()
+        journal.add(_Finished(trial=trial, minutes=(now - last) / 60))
+        last = now
+        trials.append(trial)
+        progress.advance()
+    minutes = earlier_minutes + (time.perf_counter() - began) / 60
+    return _sweep_report(model, workload, arms, trials, environment, complaints(environment), minutes)
+
+
+def grid(policies: Sequence, draft_lens: Sequence[int], drafters: Sequence[str]) -> list[DraftConfig]:
+    """Every combination: drafters with a cache at every policy and length, the others at every length."""
+    from planner.commands.plan import make_config
+
+    configs = []
+    for drafter in drafters:
+        kvs = policies if drafter == "self_sparse" else [None]
+        for kv in kvs:
+            for draft_len in [0] if drafter == "none" else draft_lens:
+                if kv is None:
+                    configs.append(make_config(drafter, None, None, draft_len))
+                else:
+                    configs.append(make_config(drafter, kv.budget, kv.selection, draft_len, sink=kv.sink, recent=kv.recent))
+    return configs
+
+
+class _SweepRun(msgspec.Struct, kw_only=True):
+    """What must agree for a sweep to be resumed."""
+
+    planner: str
+    fingerprint: str
+    device: str
+    dtype: str
+    workload: Workload
+    seed: int
+    texts: list[str]
+
+
+class _Finished(msgspec.Struct, kw_only=True):
+    trial: Trial
+    minutes: float
+
+
+def _arms(plan: Plan) -> list[DraftConfig]:
+    return list(dict.fromkeys([plan.chosen, PLAIN, *(estimate.config for estimate in plan.runners_up)]))
+
+
+def _report(plan: Plan, plan_sha256, arms, trials, environment, warnings, minutes, epsilon, shown) -> Check:
+    from planner.search.compare import best_of, expected_tokens_per_round, mean_interval, objective_by_text, paired_ratio, regret
+
+    table = objective_by_text(trials, plan.objective)
+    predicted = {estimate.config: estimate for estimate in [plan.estimate, plan.baseline, *plan.runners_up]}
+    cells = []
+    for config in arms:
+        own = [trial for trial in trials if trial.config == config]
+        estimate: Estimate = predicted[config]
+        rounds_per_token = 1 / estimate.tokens_per_round.value
+        cells.append(
+            CheckCell(
+                config=config,
+                role="chosen" if config == plan.chosen else "baseline" if config == PLAIN else "runner_up",
+                predicted=estimate,
+                measured_tpot_s=mean_interval([trial.tpot_s for trial in own]),
+                measured_e2e_s=mean_interval([trial.e2e_s for trial in own]),
+                measured_round_s=mean_round_s(own),
+                measured_tokens_per_round=tokens_per_round(own),
+                expected_tokens_per_round=expected_tokens_per_round(rounds_per_token, estimate.sd_rounds_per_token, estimate.num_texts, len(own)),
+                measured_memory_bytes=max(trial.peak_bytes for trial in own),
+                cost_over_choice=paired_ratio(table[config], table[plan.chosen]),
+                trials=own,
+            )
+        )
+    found, best = regret(table, plan.chosen), best_of(table)
+    num_texts = len({trial.text for trial in trials})
+    passed = found.low <= TOLERANCE if epsilon is None else shown is True
+    return Check(
+        planner_version=planner.__version__,
+        plan_sha256=plan_sha256,
+        environment=environment,
+        objective=plan.objective,
+        num_texts=num_texts,
+        cells=cells,
+        best=best,
+        regret=found,
+        passed=passed,
+        verdict=_verdict(plan, best, found, passed, epsilon, shown, num_texts),
+        minutes=minutes,
+        warnings=warnings,
+    )
+
+
+def _verdict(plan: Plan, best: DraftConfig, found, passed: bool, epsilon: float | None, shown: bool | None, num_texts: int) -> str:
+    choice = describe(plan.chosen)
+    if epsilon is not None:
+        if shown:
+            return f"{choice} is within {epsilon:.1%} of the best of those run, at 95 %, after {num_texts} texts"
+        if shown is False:
+            return f"{choice} is worse than {describe(best)} by more than {epsilon:.1%}, at 95 %: run {describe(best)}, and profile again"
+        half = max(found.high - found.value, 1e-9)
+        needed = int(num_texts * (half / max(epsilon - max(found.value, 0), epsilon / 10)) ** 2) + 1
+        return f"not settled: {num_texts} texts leave a regret of up to {found.high:.1%}; about {needed} unseen texts would tell (add files to --dataset, or allow a larger --epsilon)"
+    if best == plan.chosen:
+        return f"{choice} was the best of those run"
+    if not passed:
+        return f"{choice} was worse than {describe(best)} by at least {found.low:.1%}: run {describe(best)}, and profile again (has the machine changed?)"
+    told = "cannot be told apart" if found.low <= 0 else f"a difference of {found.value:.1%} is within the tolerance of {TOLERANCE:.0%}"
+    return f"{describe(best)} was the best of those run; {choice} and it: {told}"
+
+
+def _sweep_report(model, workload, arms, trials, environment, warnings, minutes) -> Sweep:
+    from planner.search.compare import best_of, mean_interval, objective_by_text, paired_ratio
+
+    table = objective_by_text(trials, "tpot")
+    cells = []
+    for config in arms:
+        own = [trial for trial in trials if trial.config == config]
+        gain = paired_ratio(table[PLAIN], table[config])
+        cells.append(
+            SweepCell(
+                config=config,
+                measured_tpot_s=mean_interval([trial.tpot_s for trial in own]),
+                measured_e2e_s=mean_interval([trial.e2e_s for trial in own]),
+                measured_tokens_per_round=tokens_per_round(own),
+                speedup=Interval(value=1 + gain.value, low=1 + gain.low, high=1 + gain.high),
+                trials=own,
+            )
+        )
+    return Sweep(
+        planner_version=planner.__version__, model=model, environment=environment, workload=workload, cells=cells, best=best_of(table),
+        minutes=minutes, warnings=warnings,
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""planner generate: write text with any configuration, token by token."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from planner.commands.session import open_session
+from planner.errors import BadInput
+from planner.specs import DraftConfig, Sampler
+
+
+class Piece(NamedTuple):
+    """What one round added."""
+
+    text: str
+    tokens: list[int]
+    drafted: int
+    accepted: int
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    config: DraftConfig,
+    sampler: Sampler,
+    max_new_tokens: int = 128,
+    chat: bool = False,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    seed: int = 0,
+) -> Iterator[Piece]:
+    """Stream a continuation of the prompt: first prefill's token, then a piece per round, then what a cut-off character left."""
+    session = open_session(model, dtype=dtype, device=device)
+    import torch
+
+    from planner.runtime.decode import cache_capacity, decode
+    from planner.runtime.drafters import make_drafter
+    from planner.runtime.model import prefill
+
+    tokenizer, runner = session.tokenizer, session.model
+    tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    if not chat and tokenizer.bos_token is not None:
+        tokens = [tokenizer.bos_token, *tokens]
+    limit = runner.spec.max_context_len
+    if not tokens:
+        raise BadInput("a prompt needs at least one token, got an empty one; give --prompt TEXT or --prompt-file FILE")
+    if max_new_tokens < 1 or len(tokens) + max_new_tokens > limit:
+        raise BadInput(f"prompt + output must fit the model's {limit} tokens, got {len(tokens)} + {max_new_tokens}; shorten one")
+    cache = runner.new_cache(cache_capacity(len(tokens), max_new_tokens, config.draft_len))
+    logits = prefill(runner, torch.tensor([tokens], device=runner.device), cache)
+    rounds = decode(
+        runner, cache, [tokens], logits, make_drafter(config, runner), draft_len=config.draft_len, sampler=sampler,
+        generators=[torch.Generator(device=runner.device).manual_seed(seed)], max_new_tokens=max_new_tokens, stop_tokens=tokenizer.stop_tokens,
+    )  # fmt: skip
+    decoder = tokenizer.stream_decoder()
+    for round_ in rounds:
+        new = round_.tokens[0]
+        text = "".join(decoder.push(token) for token in new if token not in tokenizer.stop_tokens)
+        yield Piece(text, new, round_.drafted[0], round_.accepted[0])
+    yield Piece(decoder.finish(), [], 0, 0)

@@ -1,0 +1,113 @@
+"""planner plan and planner estimate: from a Profile and a workload to numbers. Does not need torch."""
+
+from pathlib import Path
+
+from planner.errors import BadInput
+from planner.measurements import Profile, fingerprint, load_profile
+from planner.plans import Estimate, Objective, Plan
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, Workload, checked, describe_sampler
+
+
+def plan(
+    profile_path: str | Path,
+    *,
+    context_len: int | None = None,
+    output_len: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    memory_cap_bytes: int | None = None,
+    objective: Objective = "e2e",
+) -> Plan:
+    """The configuration to run, with intervals, ties and refusals. What is left out takes the profile's only value."""
+    from planner.search.optimize import make_plan
+
+    if objective not in ("e2e", "tpot"):
+        raise BadInput(f"an objective is e2e or tpot, got {objective!r}")
+    profile = load_profile(profile_path)
+    workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k)
+    return make_plan(profile, fingerprint(profile_path), workload, objective=objective, memory_cap_bytes=memory_cap_bytes)
+
+
+def estimate(
+    profile_path: str | Path,
+    *,
+    drafter: str,
+    kv_budget: int | None = None,
+    selection: str | None = None,
+    draft_len: int = 0,
+    context_len: int | None = None,
+    output_len: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    objective: Objective = "e2e",
+) -> tuple[Estimate, Estimate]:
+    """One configuration of the caller's choosing, and plain decoding beside it."""
+    from planner.search.objective import fit_models, predict, with_speedup
+
+    profile = load_profile(profile_path)
+    workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k)
+    models = fit_models(profile)
+    config = make_config(drafter, kv_budget, selection, draft_len, like=[kv for kv in models.acceptance.policies(DrafterSpec(kind="self_sparse"))])
+    baseline = predict(models, PLAIN, workload)
+    return with_speedup(predict(models, config, workload), baseline, objective).estimate, baseline.estimate
+
+
+def make_config(
+    drafter: str, kv_budget: int | None, selection: str | None, draft_len: int, *, sink: int | None = None, recent: int | None = None, like: list = ()
+) -> DraftConfig:  # fmt: skip
+    """A configuration from flags. `like` holds the profiled policies, whose selection, sink and recent window are the defaults."""
+    try:
+        spec = checked(DrafterSpec(kind=drafter))
+    except BadInput:
+        raise BadInput(f"a drafter is none, ngram or self_sparse, got {drafter!r}") from None
+    kv = FullKV()
+    if drafter == "self_sparse":
+        if kv_budget is None:
+            raise BadInput("drafter self_sparse needs --kv-budget, the tokens it attends to")
+        known = [policy for policy in like if selection in (None, policy.selection)]
+        selections = list(dict.fromkeys(policy.selection for policy in known))
+        if selection is None and len(selections) > 1:
+            raise BadInput(f"the profile holds selections {', '.join(selections)}; choose one with --selection")
+        if selection not in (None, "window", "chunk"):
+            raise BadInput(f"a selection is window or chunk, got {selection!r}")
+        base = known[0] if known else SparseKV(budget=2**20, selection=selection or "window")
+        kv = sparse(kv_budget, base.selection, sink=base.sink if sink is None else sink, recent=base.recent if recent is None else recent)
+    elif kv_budget is not None or selection is not None:
+        raise BadInput(f"--kv-budget and --selection go with drafter self_sparse, got drafter {drafter}")
+    try:
+        return checked(DraftConfig(drafter=spec, kv=kv, draft_len=draft_len))
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def sparse(budget: int, selection: str, *, sink: int, recent: int) -> SparseKV:
+    """A policy, its own rules turned into BadInput."""
+    try:
+        return checked(SparseKV(budget=budget, sink=sink, recent=recent, selection=selection))
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def find_workload(
+    profile: Profile, context_len: int | None, output_len: int | None, temperature: float | None, top_p: float | None, top_k: int | None
+) -> Workload:  # fmt: skip
+    """What was asked for, filled up with the profile's only values; BadInput lists them where there are several."""
+    if context_len is None:
+        context_len = _only(profile.contexts, "--isl", [str(c) for c in profile.contexts])
+    if output_len is None:
+        output_len = max(text.output_len for text in profile.texts) if profile.texts else 128
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    matching = [s for s in profile.samplers if all(value is None or getattr(s, name) == value for name, value in given.items())]
+    if matching:
+        sampler = _only(matching, "--temperature, --top-p, --top-k", [describe_sampler(s) for s in matching])
+    else:
+        sampler = checked(Sampler(**{name: value for name, value in given.items() if value is not None}))
+    return checked(Workload(context_len=context_len, output_len=output_len, sampler=sampler))
+
+
+def _only(values: list, flag: str, names: list[str]):
+    if len(values) == 1:
+        return values[0]
+    raise BadInput(f"the profile holds several values ({'; '.join(names)}); choose one with {flag}")

@@ -1,0 +1,174 @@
+"""How many rounds a text takes, by drafter, kv budget, draft_len, context and sampler: from replayed texts.
+
+The unit is the text. A setting's value is a mean over texts, its uncertainty comes from their scatter, and two
+settings are compared on the same texts. Between profiled budgets (log scale) and contexts the rounds per token are
+interpolated linearly; outside of them there is no answer.
+"""
+
+import math
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+from planner.cost.renewal import expected_rounds
+from planner.errors import BadInput
+from planner.measurements import MIN_DISTINCT_4GRAMS, Profile
+from planner.specs import DraftConfig, DrafterSpec, FullKV, KVPolicy, SparseKV, Workload, describe, describe_sampler
+
+CONTEXT_SLACK = 0.1  # a workload this close to a profiled context uses it as it is, and says so
+
+
+class Rounds(NamedTuple):
+    """Rounds per generated token, text by text, at one profiled context."""
+
+    texts: np.ndarray  # [n] identities, ascending: the same text in two settings has the same number
+    by_drafted: np.ndarray  # [n, K+1] rounds per token that draft 0..K
+    chance: np.ndarray  # [n] variance of the rounds per token by chance of acceptance
+
+
+class Stratum(NamedTuple):
+    """A profiled context's share in an estimate."""
+
+    weight: float
+    context_len: int
+    rounds: Rounds
+
+
+class AcceptanceModel:
+    def __init__(self, profile: Profile):
+        self._profile = profile
+        cells = defaultdict(list)
+        for sample in profile.acceptance:
+            text = profile.texts[sample.text]
+            cells[sample.drafter, _family(sample.kv), text.context_len, text.sampler].append(sample)
+        self._cells: dict[tuple, dict[int, list]] = {}  # (drafter, family, context, sampler) -> budget -> samples
+        for key, samples in cells.items():
+            by_budget = defaultdict(list)
+            for sample in samples:
+                by_budget[_budget(sample.kv)].append(sample)
+            self._cells[key] = dict(sorted(by_budget.items()))
+        self._walks: dict[tuple, Rounds] = {}
+
+    @property
+    def drafters(self) -> list[DrafterSpec]:
+        """The drafters that were replayed, in the order of the profile."""
+        return list(dict.fromkeys(sample.drafter for sample in self._profile.acceptance))
+
+    def policies(self, drafter: DrafterSpec) -> list[KVPolicy]:
+        """The KV policies that were replayed with a drafter."""
+        return list(dict.fromkeys(sample.kv for sample in self._profile.acceptance if sample.drafter == drafter))
+
+    def strata(self, config: DraftConfig, workload: Workload) -> tuple[list[Stratum], list[str]]:
+        """Rounds per token at the profiled contexts around the workload's, and notes on what was assumed.
+
+        BadInput where the profile says nothing: another sampler, drafter, context, budget or draft_len.
+        """
+        profile = self._profile
+        if workload.sampler not in profile.samplers:
+            known = "; ".join(describe_sampler(sampler) for sampler in profile.samplers)
+            raise BadInput(
+                f"acceptance was profiled for {known}, not for {describe_sampler(workload.sampler)}; profile it, acceptance does not carry over"
+            )
+        if config.draft_len > profile.max_draft_len:
+            raise BadInput(
+                f"draft_len must be at most {profile.max_draft_len}, the longest profiled, got {config.draft_len}; profile with --max-draft-len"
+            )
+        weights, notes = context_weights(profile.contexts, workload.context_len)
+        strata = []
+        for context_len, weight in weights.items():
+            rounds, more = self._rounds(config, context_len, workload)
+            strata.append(Stratum(weight, context_len, rounds))
+            notes += [note for note in more if note not in notes]
+        return strata, notes
+
+    def _rounds(self, config: DraftConfig, context_len: int, workload: Workload) -> tuple[Rounds, list[str]]:
+        budgets = self._cells.get((config.drafter, _family(config.kv), context_len, workload.sampler))
+        if not budgets:
+            raise BadInput(f"the profile holds no acceptance of {describe(config)} at context {context_len}, {describe_sampler(workload.sampler)}")
+        weights, notes = budget_weights(list(budgets), _budget(config.kv))
+        parts = [(weight, self._walk(budgets[budget], config.draft_len, workload)) for budget, weight in weights.items()]
+        shared = sorted(set.intersection(*(set(rounds.texts) for _, rounds in parts)))
+        if not shared:
+            raise BadInput(f"the profile's budgets around {describe(config)} share no text; profile them together")
+        picks = [(weight, rounds, np.searchsorted(rounds.texts, shared)) for weight, rounds in parts]
+        by_drafted = sum(weight * rounds.by_drafted[pick] for weight, rounds, pick in picks)
+        chance = sum(weight * rounds.chance[pick] for weight, rounds, pick in picks)
+        texts = [self._profile.texts[index] for index in shared]
+        repetitive = sum(text.distinct_4grams < MIN_DISTINCT_4GRAMS for text in texts)
+        if repetitive:
+            notes.append(
+                f"{repetitive} of {len(texts)} texts at context {context_len} repeat themselves (distinct 4-grams below {MIN_DISTINCT_4GRAMS}): acceptance is inflated"
+            )
+        longest = max(text.output_len for text in texts)
+        if workload.output_len > longest:
+            notes.append(f"acceptance beyond the first {longest} tokens of an output is assumed to stay the same")
+        return Rounds(np.array(shared), by_drafted, chance), notes
+
+    def _walk(self, samples: list, draft_len: int, workload: Workload) -> Rounds:
+        key = (id(samples), draft_len, workload.output_len)
+        if key not in self._walks:
+            by_length = defaultdict(list)  # texts of one length are walked together
+            for sample in samples:
+                accept_prob, drafted = _unpacked(sample, workload.output_len)
+                by_length[len(drafted)].append((sample.text, accept_prob, drafted))
+            pieces = []
+            for tokens, rows in by_length.items():
+                texts, accept_prob, drafted = zip(*rows, strict=True)
+                walk = expected_rounds(np.stack(accept_prob), np.stack(drafted), draft_len)
+                pieces.append(Rounds(np.array(texts), walk.by_drafted / tokens, walk.variance / tokens**2))
+            merged = Rounds(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+            order = np.argsort(merged.texts)
+            self._walks[key] = Rounds(*(column[order] for column in merged))
+        return self._walks[key]
+
+
+def fit_acceptance(profile: Profile) -> AcceptanceModel:
+    """The acceptance of everything a profile replayed; milliseconds, nothing is stored."""
+    return AcceptanceModel(profile)
+
+
+def context_weights(contexts: list[int], context_len: int) -> tuple[dict[int, float], list[str]]:
+    """Linear interpolation weights over the profiled contexts. BadInput outside of them, beyond a slack of 10 %."""
+    contexts = sorted(contexts)
+    if context_len in contexts:
+        return {context_len: 1.0}, []
+    nearest = contexts[0] if context_len < contexts[0] else contexts[-1]
+    if contexts[0] < context_len < contexts[-1]:
+        above = next(c for c in contexts if c > context_len)
+        below = max(c for c in contexts if c < context_len)
+        share = (context_len - below) / (above - below)
+        return {below: 1 - share, above: share}, [f"context {context_len} is interpolated between {below} and {above}"]
+    if abs(context_len - nearest) <= CONTEXT_SLACK * nearest:
+        return {nearest: 1.0}, [f"acceptance at context {context_len} is taken from {nearest}"]
+    known = ", ".join(map(str, contexts))
+    raise BadInput(f"the profile covers contexts {known} (and 10 % beyond), got {context_len}; profile with --contexts {context_len}")
+
+
+def budget_weights(budgets: list[int], budget: int) -> tuple[dict[int, float], list[str]]:
+    """Interpolation weights over the profiled budgets, on a log scale. BadInput outside of them."""
+    if budget in budgets:
+        return {budget: 1.0}, []
+    if not min(budgets) < budget < max(budgets):
+        raise BadInput(f"the profile covers kv budgets {', '.join(map(str, budgets))}, got {budget}; profile with --kv-budgets {budget}")
+    above = min(b for b in budgets if b > budget)
+    below = max(b for b in budgets if b < budget)
+    share = math.log(budget / below) / math.log(above / below)
+    return {below: 1 - share, above: share}, [f"acceptance at kv budget {budget} is interpolated between {below} and {above}"]
+
+
+def _unpacked(sample, output_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """accept_prob [S, K] and drafted [S] of the part of a text that a request of output_len tokens would write."""
+    starts = min(sample.drafted.shape[0], output_len - 1)
+    return sample.accept_prob.unpack()[:starts] / 255.0, sample.drafted.unpack()[:starts].astype(np.int64)
+
+
+def _family(kv: KVPolicy) -> KVPolicy:
+    """A policy without its budget: what must agree for two budgets to be points of one curve."""
+    if isinstance(kv, FullKV):
+        return kv
+    return SparseKV(budget=2**30, sink=kv.sink, recent=kv.recent, selection=kv.selection)
+
+
+def _budget(kv: KVPolicy) -> int:
+    return 0 if isinstance(kv, FullKV) else kv.budget

@@ -1,0 +1,243 @@
+"""How long a round takes: draft, verify and commit, fitted to whole rounds that were timed in place.
+
+    plain(L)      = a + c L                              decoding without a drafter, from its own cells
+    draft(k, r)   = a + b k + c k r                      k drafts that read r cached tokens each
+    verify(n, L)  = a + b n + c L + d n L                n = k + 1 tokens of the target over L cached ones, in one of three forms
+    commit(k)     = a + b k
+
+n = 1 has a term of its own: devices use other kernels for it. `verify` is also tried with a floor, max(floor, ..), as
+launch-bound devices have it, and with a free value at every measured width ("steps"), as matrix units have it; the form
+that predicts left-out cells best is used. Coefficients are not negative. Rounds far from their cell's median (a
+neighbour on the machine) count as outliers and are left out; what remains is fitted by relative error.
+
+k  tokens drafted in a round     r  tokens a draft step reads     L  committed tokens
+"""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import least_squares, nnls
+
+from planner.errors import BadInput
+from planner.measurements import Profile, RoundSample
+from planner.specs import DraftConfig, DrafterSpec, FullKV, describe
+
+OUTLIER_MADS = 5.0  # median absolute deviations; 5 keeps all but a few in a million of a normal sample
+HUBER = 0.02  # relative residual from which a cell's pull on the fit no longer grows
+
+
+class Point(NamedTuple):
+    """Mean phases of the rounds of one cell that drafted the same number of tokens."""
+
+    cell: int
+    drafter: DrafterSpec
+    drafted: int
+    read: int
+    position: float
+    draft_s: float
+    verify_s: float
+    commit_s: float
+    standard_error: float  # of the mean round, relative
+
+
+class LatencyModel:
+    """Round times with the fits that leave one cell out each, which is where intervals come from."""
+
+    def __init__(self, profile: Profile):
+        samples = [sample for sample in profile.rounds if sample.role == "cell"]
+        points = [point for cell, sample in enumerate(samples) for point in _points(cell, sample)]
+        self._contexts = len({sample.context_len for sample in samples})
+        self._prefill = {sample.context_len: np.array(sample.seconds) for sample in profile.prefill}
+        self._start_s = {
+            drafter: float(np.median([s for x in samples if x.drafter == drafter for s in x.start_s])) for drafter in {x.drafter for x in samples}
+        }
+        self.max_draft_len = {drafter: max(x.draft_len for x in samples if x.drafter == drafter) for drafter in self._start_s}
+        self.drift = _drift(profile)
+
+        scores = {form: self._leave_out_errors(points, form) for form in FORMS}
+        self.form = min(FORMS, key=lambda form: (_rms(scores[form]), FORMS.index(form)))
+        self._fits = [_Fit(points, self.form), *(fit for fit, _ in self._leave_one_out(points, self.form))]
+        errors = scores[self.form]
+        self.error = max(_rms(errors), _rms([point.standard_error for point in points]))  # relative, of a round in a cell not measured
+        self.plain_error = _rms([point.standard_error for point in points if point.drafter.kind == "none"])
+
+    def round_s(self, config: DraftConfig, context_len: int, position: float) -> np.ndarray:
+        """Seconds of a round that drafts 0..draft_len tokens with `position` tokens committed.
+
+        [1 + J, draft_len + 1]: the fit to all cells first, then the J fits with a cell left out. `context_len` is the
+        prompt's, which decides what a sparse cache holds.
+        """
+        if config.drafter not in self._start_s:
+            raise BadInput(f"the profile timed no round of {describe(config)}; profile with this drafter")
+        if config.draft_len > self.max_draft_len[config.drafter]:
+            raise BadInput(
+                f"rounds were timed up to draft_len {self.max_draft_len[config.drafter]}, got {config.draft_len}; profile with --max-draft-len"
+            )
+        drafted = np.arange(config.draft_len + 1)
+        read = config.kv.read(context_len)
+        return np.array([fit.round_s(config.drafter, drafted, read, position) for fit in self._fits])
+
+    def ttft_s(self, config: DraftConfig, context_len: int) -> tuple[float, float]:
+        """Prefill, selection and the first token: seconds and their standard deviation between prompts."""
+        contexts = sorted(self._prefill)
+        means = [float(self._prefill[c].mean()) for c in contexts]
+        spread = max(float(np.std(self._prefill[c] / self._prefill[c].mean())) for c in contexts)
+        if context_len <= contexts[0]:
+            prefill = means[0] * context_len / contexts[0]
+        elif context_len >= contexts[-1]:
+            prefill = means[-1] * context_len / contexts[-1]
+        else:
+            prefill = float(np.interp(context_len, contexts, means))
+        return prefill + self._start_s[config.drafter], prefill * spread
+
+    def _leave_one_out(self, points: list[Point], form: str):
+        for cell in sorted({point.cell for point in points}):
+            kept, left = [p for p in points if p.cell != cell], [p for p in points if p.cell == cell]
+            if all(_determined(kept, point) for point in left):
+                yield _Fit(kept, form), left
+
+    def _leave_out_errors(self, points: list[Point], form: str) -> list[float]:
+        errors = []
+        for fit, left in self._leave_one_out(points, form):
+            for p in left:
+                predicted = fit.round_s(p.drafter, np.array([p.drafted]), p.read, p.position)[0]
+                errors.append(predicted / (p.draft_s + p.verify_s + p.commit_s) - 1)
+        return errors
+
+
+def fit_latency(profile: Profile) -> LatencyModel:
+    """Round times of everything a profile timed."""
+    return LatencyModel(profile)
+
+
+FORMS = ("bilinear", "floor", "steps")
+
+
+class _Fit:
+    """One fit of all phases."""
+
+    def __init__(self, points: list[Point], form: str):
+        many_contexts = len({round(p.position, -2) for p in points}) > 1
+        plain = [p for p in points if p.drafter.kind == "none"]
+        self._plain = _nonnegative([_line(p.position, many_contexts) for p in plain], [p.draft_s + p.verify_s + p.commit_s for p in plain])
+        self._many_contexts = many_contexts
+
+        self._form = form
+        wide = [p for p in points if p.drafted > 0]
+        self._widths = sorted({p.drafted + 1 for p in wide})
+        self._verify = _nonnegative([self._verify_row(p.drafted + 1, p.position) for p in wide], [p.verify_s for p in wide])
+        self._floor = 0.0
+        if form == "floor":
+            self._fit_floor(wide)
+        narrow = [p.verify_s for p in plain]
+        self._narrow = _nonnegative([_line(p.position, many_contexts) for p in plain], narrow)
+
+        self._draft, self._commit = {}, {}
+        for drafter in {p.drafter for p in points if p.drafter.kind != "none"}:
+            own = [p for p in points if p.drafter == drafter]
+            several_reads = len({p.read for p in own}) > 1
+            self._draft[drafter] = several_reads, _nonnegative([_draft_row(p.drafted, p.read, several_reads) for p in own], [p.draft_s for p in own])
+            self._commit[drafter] = _nonnegative([[1.0, p.drafted] for p in own], [p.commit_s for p in own])
+
+    def round_s(self, drafter: DrafterSpec, drafted: np.ndarray, read: int, position: float) -> np.ndarray:
+        if drafter.kind == "none":
+            return np.full(len(drafted), _line(position, self._many_contexts) @ self._plain)
+        several_reads, draft = self._draft[drafter]
+        return np.array(
+            [
+                _draft_row(k, read, several_reads) @ draft + self._verify_s(int(k) + 1, position) + np.array([1.0, k]) @ self._commit[drafter]
+                for k in drafted
+            ]
+        )
+
+    def _verify_s(self, n: int, position: float) -> float:
+        if n == 1 or not self._widths:
+            return _line(position, self._many_contexts) @ self._narrow
+        return max(self._floor, self._verify_row(n, position) @ self._verify)
+
+    def _verify_row(self, n: int, position: float) -> np.ndarray:
+        L = position / 1000 if self._many_contexts else 0.0
+        if self._form == "steps":
+            hats = [np.interp(n, self._widths, np.eye(len(self._widths))[i]) for i in range(len(self._widths))]
+            return np.array([*hats, L, n * L])
+        return np.array([1.0, n, L, n * L])
+
+    def _fit_floor(self, wide: list[Point]) -> None:
+        rows = np.array([self._verify_row(p.drafted + 1, p.position) for p in wide])
+        seen = np.array([p.verify_s for p in wide])
+
+        def residual(theta: np.ndarray) -> np.ndarray:
+            return np.maximum(theta[0], rows @ theta[1:]) / seen - 1
+
+        start = np.concatenate([[seen.min() * 0.99], self._verify])
+        found = least_squares(residual, start, bounds=(0, np.inf), loss="soft_l1", f_scale=HUBER, x_scale=np.maximum(start, seen.min() / 100))
+        self._floor, self._verify = found.x[0], found.x[1:]
+
+
+def _points(cell: int, sample: RoundSample) -> list[Point]:
+    total = sample.round_s
+    center = np.median(total)
+    scale = 1.4826 * np.median(np.abs(total - center))
+    kept = np.abs(total - center) <= OUTLIER_MADS * scale if scale > 0 and len(set(sample.drafted)) == 1 else np.ones(len(total), dtype=bool)
+    by_drafted = defaultdict(list)
+    for i in np.flatnonzero(kept):
+        by_drafted[sample.drafted[i]].append(i)
+    read = sample.kv.read(sample.context_len) if not isinstance(sample.kv, FullKV) else 0
+    found = []
+    for drafted, rows in by_drafted.items():
+        mean = [float(np.mean(np.array(values)[rows])) for values in (sample.position, sample.draft_s, sample.verify_s, sample.commit_s)]
+        error = float(np.std(total[rows], ddof=1) / np.sqrt(len(rows)) / total[rows].mean()) if len(rows) > 1 else 0.0
+        found.append(Point(cell, sample.drafter, drafted, read, *mean, error))
+    return found
+
+
+def _determined(points: list[Point], left: Point) -> bool:
+    """Whether what remains says anything about a cell that was left out: the drafter was timed, and the context's slope is known."""
+    same = [p for p in points if (p.drafter.kind == "none") == (left.drafter.kind == "none")]
+    if left.drafter.kind != "none" and not any(p.drafter == left.drafter for p in points):
+        return False
+    widths = {p.drafted for p in same} if left.drafter.kind != "none" else {0}
+    within = min(widths, default=1) <= left.drafted <= max(widths, default=0)
+    contexts = {round(p.position, -2) for p in same}
+    needed = {round(p.position, -2) for p in [*points, left]}
+    return within and (len(contexts) > 1 or len(needed) == 1)
+
+
+def _line(position: float, with_slope: bool) -> np.ndarray:
+    return np.array([1.0, position / 1000 if with_slope else 0.0])
+
+
+def _draft_row(drafted: float, read: int, several_reads: bool) -> np.ndarray:
+    return np.array([1.0, drafted, drafted * read / 1000 if several_reads else 0.0])
+
+
+def _nonnegative(rows: list, seconds: list[float]) -> np.ndarray:
+    """Coefficients >= 0 with small relative errors; cells with large ones pull less (Huber weights, five rounds)."""
+    if not rows:
+        return np.zeros(0)
+    target = np.maximum(np.array(seconds), 1e-9)
+    design = np.array(rows, dtype=float) / target[:, None]
+    weights = np.ones(len(target))
+    for _ in range(5):
+        coefficients, _ = nnls(design * weights[:, None], weights)
+        residual = np.abs(design @ coefficients - 1)
+        weights = np.sqrt(HUBER / np.maximum(residual, HUBER))
+    return coefficients
+
+
+def _drift(profile: Profile) -> float:
+    """Relative change of the first cell between the beginning and the end of the profile."""
+    again = next((sample for sample in profile.rounds if sample.role == "drift"), None)
+    if again is None:
+        return 0.0
+    first = next(
+        x
+        for x in profile.rounds
+        if x.role == "cell" and (x.drafter, x.kv, x.draft_len, x.context_len) == (again.drafter, again.kv, again.draft_len, again.context_len)
+    )
+    return float(np.median(again.round_s) / np.median(first.round_s) - 1)
+
+
+def _rms(values: list[float]) -> float:
+    return float(np.sqrt(np.mean(np.square(values)))) if len(values) else 0.0

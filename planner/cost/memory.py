@@ -1,0 +1,53 @@
+"""Bytes that are resident: weights, caches, logits. Exact where tensors are counted, measured where a process is.
+
+The counts equal the runtime's: a full cache of `capacity` slots per stream, a sparse copy of budget + draft_len + 1.
+"""
+
+import numpy as np
+
+from planner.measurements import Profile
+from planner.plans import Interval
+from planner.specs import DraftConfig, DType, ModelSpec, SparseKV, Workload
+
+
+def full_cache_bytes(model: ModelSpec, dtype: DType, *, capacity: int, batch: int = 1) -> int:
+    """Keys and values of a cache with `capacity` slots for each stream."""
+    return batch * capacity * model.kv_bytes_per_token(dtype)
+
+
+def sparse_cache_bytes(model: ModelSpec, dtype: DType, *, budget: int, draft_len: int, batch: int = 1) -> int:
+    """A drafter's copy of what it attends to, with room for the drafts of a round."""
+    return full_cache_bytes(model, dtype, capacity=budget + draft_len + 1, batch=batch)
+
+
+def logits_bytes(model: ModelSpec, draft_len: int, batch: int = 1) -> int:
+    """Distributions of one round in float32: the target's over draft_len + 1 rows, the drafter's over draft_len."""
+    return batch * (2 * draft_len + 1) * model.vocab_size * 4
+
+
+def counted_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> int:
+    """Weights, caches and logits of one stream, tensor by tensor."""
+    model, dtype = profile.target, profile.dtype
+    capacity = workload.context_len + workload.output_len + config.draft_len
+    total = profile.weights_bytes + full_cache_bytes(model, dtype, capacity=capacity) + logits_bytes(model, config.draft_len)
+    if isinstance(config.kv, SparseKV):
+        total += sparse_cache_bytes(model, dtype, budget=config.kv.budget, draft_len=config.draft_len)
+    return total
+
+
+def resident_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> Interval:
+    """Peak memory: what is counted, and the activations, buffers and libraries that the profile saw on top of it.
+
+    The interval spans the smallest and the largest surplus seen; without a memory sample the surplus is taken as 0.
+    """
+    counted = counted_bytes(profile, config, workload)
+    surplus = [max(0, sample.base_bytes + sample.peak_bytes - sample.known_bytes) for sample in profile.memory] or [0]
+    return Interval(value=counted + float(np.median(surplus)), low=counted + min(surplus), high=counted + max(surplus))
+
+
+def largest_budget(profile: Profile, config: DraftConfig, workload: Workload, cap_bytes: int) -> int | None:
+    """The largest kv budget with which a sparse configuration fits under a cap; None if no budget does."""
+    assert isinstance(config.kv, SparseKV)
+    without = resident_bytes(profile, config, workload).value - config.kv.budget * profile.target.kv_bytes_per_token(profile.dtype)
+    budget = int((cap_bytes - without) // profile.target.kv_bytes_per_token(profile.dtype))
+    return budget if budget >= config.kv.sink + config.kv.recent else None

@@ -1,0 +1,13 @@
+"""Errors a caller may handle. Each message gives the rule, the value, and the remedy, on one line."""
+
+
+class PlannerError(Exception):
+    """Anything this package raises on purpose about its input or its surroundings; exit code 2."""
+
+
+class BadInput(PlannerError, ValueError):
+    """A file, flag or argument that breaks a rule."""
+
+
+class MissingExtra(PlannerError, ImportError):
+    """A command that needs an optional part of the installation, `specplan[runtime]` for one."""

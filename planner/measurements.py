@@ -1,0 +1,220 @@
+"""A Profile: raw measurements of a model on a device, as plain JSON. It never holds a fitted model.
+
+Times are seconds, sizes bytes, lengths tokens. Reading checks every field; what it refuses it names.
+"""
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from planner.errors import BadInput
+from planner.files import read_bytes, write_whole
+from planner.specs import Count, DeviceSpec, DrafterSpec, DType, KVPolicy, ModelSpec, Sampler, Size, Spec
+
+SCHEMA_VERSION = 1
+
+Name = Annotated[str, Meta(max_length=500)]
+Seconds = Annotated[float, Meta(ge=0, le=1e6)]
+Natural = Annotated[int, Meta(ge=0, le=2**40)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+MIN_DISTINCT_4GRAMS = 0.6  # below this a text repeats itself, and repetition inflates acceptance
+
+
+class Packed(Spec, kw_only=True):
+    """A small array of bytes, row by row, in base64. Probabilities are stored as round(255 p)."""
+
+    shape: Annotated[list[Annotated[int, Meta(ge=0, le=2**20)]], Meta(min_length=1, max_length=2)]
+    u8: str
+
+    def __post_init__(self):
+        expected = int(np.prod(self.shape, dtype=object))
+        if len(self.u8) != 4 * ((expected + 2) // 3):
+            raise ValueError(f"u8 must hold {expected} bytes for shape {self.shape}, got {len(self.u8)} base64 characters")
+
+    @classmethod
+    def pack(cls, array: np.ndarray) -> "Packed":
+        """From whole numbers 0..255."""
+        return cls(shape=list(array.shape), u8=base64.b64encode(array.astype(np.uint8).tobytes()).decode())
+
+    def unpack(self) -> np.ndarray:
+        """uint8, of the stored shape."""
+        try:
+            return np.frombuffer(base64.b64decode(self.u8, validate=True), dtype=np.uint8).reshape(self.shape)
+        except ValueError as error:
+            raise BadInput(f"u8 is not base64 of {self.shape}: {error}") from None
+
+
+class Text(Spec, kw_only=True):
+    """A prompt and the continuation that the target wrote for it."""
+
+    kind: Name  # stratum: folder or file it came from
+    source: Name  # file name
+    offset: Natural  # first token of the prompt in the file, or first chat
+    extent: Natural  # tokens or chats of the file that it takes
+    context_len: Count  # prompt tokens
+    sampler: Sampler
+    output_len: Count  # tokens written; fewer than asked for if a stop token came
+    distinct_4grams: Share  # of the continuation
+
+
+class AcceptanceSample(Spec, kw_only=True):
+    """What one drafter would have had accepted along one text, a round starting behind each token."""
+
+    text: Natural  # index into texts
+    drafter: DrafterSpec
+    kv: KVPolicy
+    accept_prob: Packed  # [starts, draft_len]: P(draft i is accepted | the ones before it were)
+    drafted: Packed  # [starts]: tokens drafted by a round behind that token
+
+
+class RoundSample(Spec, kw_only=True):
+    """Whole rounds of one configuration, timed in place: each list has one entry per round, in the order they ran."""
+
+    drafter: DrafterSpec
+    kv: KVPolicy
+    draft_len: Natural
+    context_len: Count  # prompt tokens
+    role: Literal["cell", "drift"] = "cell"  # drift: the first cell again, at the end
+    position: list[Natural]  # committed tokens when the round began
+    drafted: list[Natural]
+    draft_s: list[Seconds]  # until the drafts are there
+    verify_s: list[Seconds]  # target pass and accept rule, up to the read back to the host
+    commit_s: list[Seconds]  # caches and bookkeeping
+    warmup_s: list[Seconds]  # whole rounds before these, left out of every fit
+    start_s: Annotated[list[Seconds], Meta(min_length=1)]  # selection and the first token, once per pass
+
+    def __post_init__(self):
+        if len({len(self.position), len(self.drafted), len(self.draft_s), len(self.verify_s), len(self.commit_s)}) != 1 or not self.position:
+            raise ValueError("position, drafted, draft_s, verify_s and commit_s must have one entry per round, and at least one")
+
+    @property
+    def round_s(self) -> np.ndarray:
+        return np.array(self.draft_s) + np.array(self.verify_s) + np.array(self.commit_s)
+
+
+class PrefillSample(Spec, kw_only=True):
+    """Prompts processed one at a time."""
+
+    context_len: Count
+    seconds: Annotated[list[Seconds], Meta(min_length=1)]
+
+
+class MemorySample(Spec, kw_only=True):
+    """What a running configuration held at its peak."""
+
+    context_len: Count
+    known_bytes: Size  # weights and caches, counted tensor by tensor
+    peak_bytes: Size  # of the process (CPU) or the allocator (CUDA), over `base_bytes`
+    base_bytes: Size  # before the model was loaded
+
+
+class Failure(Spec, kw_only=True):
+    """A cell that could not be measured."""
+
+    cell: Name
+    reason: Name
+
+
+class Environment(Spec, kw_only=True):
+    """Where and how it was measured."""
+
+    date: Name  # ISO 8601, UTC
+    planner_version: Name
+    python: Name
+    torch: Name
+    platform: Name
+    num_threads: Count | None
+    busy_share: Share | None  # CPU time others used just before the run; None where it cannot be read
+    load_1min: Annotated[float, Meta(ge=0, le=1e6)] | None
+    gpu: dict[Name, str | float | int | None] = {}  # driver, clocks in MHz, power cap in W, throttle reasons, other processes
+
+
+class Profile(Spec, kw_only=True):
+    """Everything measured about one target on one device."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    source: Name = "own runtime"  # whose latency this is
+    model: Name  # as the user named it: a path, or smollm2
+    target: ModelSpec
+    target_fingerprint: Name
+    weights_bytes: Size
+    dtype: DType
+    execution_mode: Name
+    device: DeviceSpec
+    environment: Environment
+    seed: int
+    contexts: Annotated[list[Count], Meta(min_length=1)]
+    samplers: Annotated[list[Sampler], Meta(min_length=1)]
+    max_draft_len: Annotated[int, Meta(ge=1, le=1024)]
+    texts: list[Text]
+    acceptance: list[AcceptanceSample]
+    rounds: list[RoundSample]
+    prefill: Annotated[list[PrefillSample], Meta(min_length=1)]
+    memory: list[MemorySample]
+    failures: list[Failure] = []
+    minutes: dict[Name, Annotated[float, Meta(ge=0, le=1e6)]]  # by stage
+    warnings: list[Annotated[str, Meta(max_length=2000)]] = []
+
+    def __post_init__(self):
+        for index, sample in enumerate(self.acceptance):
+            if sample.text >= len(self.texts):
+                raise ValueError(f"acceptance[{index}].text must be below {len(self.texts)}, the number of texts, got {sample.text}")
+            starts = self.texts[sample.text].output_len - 1
+            if sample.accept_prob.shape != [starts, self.max_draft_len] or sample.drafted.shape != [starts]:
+                raise ValueError(f"acceptance[{index}] must hold {starts} starts x {self.max_draft_len} drafts, got {sample.accept_prob.shape}")
+        if not any(sample.draft_len == 0 for sample in self.rounds):
+            raise ValueError("rounds must hold plain decoding (draft_len 0), the baseline of every speedup")
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read and check a profile; BadInput names the field that is wrong."""
+    return decode_checked(read_bytes(path, "profile"), Profile, SCHEMA_VERSION, f"profile {path}")
+
+
+def save_profile(profile: Profile, path: str | Path) -> None:
+    """Write a profile whole."""
+    write_whole(path, encode(profile))
+
+
+def fingerprint(path: str | Path) -> str:
+    """Hex sha256 of a file as it lies on disk; a plan names its profile by it."""
+    return hashlib.sha256(read_bytes(path, "profile")).hexdigest()
+
+
+def encode(value: msgspec.Struct) -> bytes:
+    """JSON that a person can look at: one line per entry of the outer lists."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) if len(msgspec.json.encode(value)) < 200_000 else _by_line(value)
+
+
+def decode_checked(content: bytes, kind: type, schema_version: int, what: str):
+    """A value of `kind` from JSON, the version looked at first."""
+    try:
+        version = msgspec.json.decode(content, type=_Versioned).schema_version
+        if version != schema_version:
+            raise BadInput(f"{what} has schema_version {version}, this planner reads {schema_version}; make it again with this version")
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"{what} is not valid: {error}") from None
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def _by_line(value: msgspec.Struct) -> bytes:
+    """One line per field, and per element of its lists: compact, and still diffable."""
+    parts = []
+    for field in value.__struct_fields__:
+        item = getattr(value, field)
+        if isinstance(item, list) and item:
+            body = b"[\n" + b",\n".join(msgspec.json.encode(element) for element in item) + b"\n]"
+        else:
+            body = msgspec.json.encode(item)
+        parts.append(msgspec.json.encode(field) + b":" + body)
+    return b"{\n" + b",\n".join(parts) + b"\n}\n"

@@ -1,0 +1,86 @@
+"""Acceptance by replay: the target writes texts once, every drafter and budget is judged along them.
+
+The output of speculative decoding follows the target's p, and P(a draft is accepted and is x) = min(p, q)(x). So given
+that the text says x, the draft was accepted with probability min(1, q(x) / p(x)), p and q after the sampler. Each
+sampler needs texts of its own.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from planner.measurements import AcceptanceSample, Packed, Text
+from planner.profiler.texts import Prompt, distinct_4grams
+from planner.runtime.decode import decode
+from planner.runtime.drafters import make_drafter
+from planner.runtime.drafters.none import NoDrafter
+from planner.runtime.drafters.protocol import TargetText
+from planner.runtime.kv_cache import KVCache
+from planner.runtime.model import Transformer
+from planner.runtime.sampling import probability_of
+from planner.specs import DraftConfig, Sampler
+
+
+class WrittenText(NamedTuple):
+    text: Text
+    target_text: TargetText
+
+
+def write_texts(
+    model: Transformer,
+    cache: KVCache,  # B prompts of one length committed, room for output_len more
+    prompts: list[Prompt],  # B
+    context_len: int,  # tokens of each prompt that are committed
+    first_logits: torch.Tensor,  # [B, V]
+    sampler: Sampler,
+    *,
+    output_len: int,
+    stop_tokens: tuple[int, ...],
+    seeds: list[int],
+) -> list[WrittenText]:
+    """Let the target continue all prompts at once. Afterwards each stream's cache holds its text."""
+    histories = [prompt.tokens[:context_len] for prompt in prompts]
+    generators = [torch.Generator(device=model.device).manual_seed(seed) for seed in seeds]
+    rounds = decode(
+        model, cache, histories, first_logits, NoDrafter(model.spec.vocab_size, model.device), draft_len=0, sampler=sampler,
+        generators=generators, max_new_tokens=output_len, stop_tokens=stop_tokens,
+    )  # fmt: skip
+    outputs = [[] for _ in prompts]
+    for round_ in rounds:
+        for output, tokens in zip(outputs, round_.tokens, strict=True):
+            output += tokens
+    written = []
+    for b, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        text = Text(
+            kind=prompt.kind, source=prompt.source, offset=prompt.offset, extent=prompt.extent, context_len=context_len, sampler=sampler,
+            output_len=len(output), distinct_4grams=distinct_4grams(output),
+        )  # fmt: skip
+        if len(output) >= 2:  # one token, from prefill, leaves nothing to draft
+            written.append(WrittenText(text, _judge(model, cache.stream(b), histories[b], output, sampler)))
+    return written
+
+
+def replay(model: Transformer, written: TargetText, config: DraftConfig, text_index: int) -> AcceptanceSample:
+    """One drafter along one text; draft_len of the configuration is the longest of interest."""
+    result = make_drafter(config, model).replay(written, config.draft_len)
+    return AcceptanceSample(
+        text=text_index,
+        drafter=config.drafter,
+        kv=config.kv,
+        accept_prob=Packed.pack((result.accept_prob * 255).round()),
+        drafted=Packed.pack(result.drafted.clip(max=255)),
+    )
+
+
+@torch.inference_mode()
+def _judge(model: Transformer, cache: KVCache, prompt: list[int], output: list[int], sampler: Sampler) -> TargetText:
+    """The probability of each token in a wide pass, as verification would see it; rewrites the text's keys and values."""
+    L, T = len(prompt), len(output)
+    cache.truncate(L)
+    tokens = torch.tensor(output, device=model.device)
+    positions = torch.arange(L, L + T - 1, device=model.device)[None]
+    hidden = model(tokens[None, :-1], positions, cache, cache.causal_mask(T - 1)).hidden[0]
+    cache.commit([T - 1])
+    # Greedy: the text is the argmax by construction; a wide pass in bfloat16 disagrees with the narrow one at near-ties.
+    probs = torch.ones(T - 1, device=model.device) if sampler.greedy else probability_of(model.logits(hidden), tokens[1:], sampler)
+    return TargetText(prompt, output, probs, cache, sampler)

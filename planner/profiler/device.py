@@ -1,0 +1,140 @@
+"""The device and its state: what it is, who else uses it, how much memory a run takes."""
+
+import gc
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import torch
+
+import planner
+from planner.errors import BadInput
+from planner.measurements import Environment
+from planner.specs import DeviceSpec
+
+BUSY_SHARE = 0.10  # of all cores, used by others: above this timings are not to be trusted
+BUSY_SECONDS = 0.5
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device, else a GPU if there is one, else the CPU. BadInput if it is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise BadInput(f"a device is cpu, cuda or cuda:N, got {name!r}")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"a device is cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"device {name} must exist, this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return device
+
+
+def describe_device(device: torch.device) -> DeviceSpec:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return DeviceSpec(kind="cuda", name=properties.name, memory_bytes=properties.total_memory)
+    return DeviceSpec(kind="cpu", name=_cpu_name(), memory_bytes=psutil.virtual_memory().total, num_cores=torch.get_num_threads())
+
+
+def read_environment(device: torch.device) -> Environment:
+    """Versions, load and clocks right now. Takes half a second to watch what others do to the CPU."""
+    return Environment(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        planner_version=planner.__version__,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        platform=platform.platform(),
+        num_threads=torch.get_num_threads() if device.type == "cpu" else None,
+        busy_share=min(1.0, psutil.cpu_percent(interval=BUSY_SECONDS) / 100),  # this process sleeps meanwhile
+        load_1min=os.getloadavg()[0],
+        gpu=_read_gpu(device) if device.type == "cuda" else {},
+    )
+
+
+def complaints(environment: Environment) -> list[str]:
+    """Why timings taken now may mislead."""
+    found = []
+    if environment.busy_share is not None and environment.busy_share > BUSY_SHARE:
+        found.append(
+            f"other processes used {environment.busy_share:.0%} of the CPU just before the run: timings may mislead; measure again on an idle machine"
+        )
+    if environment.gpu.get("throttle_reasons"):
+        found.append(f"the GPU was throttled ({environment.gpu['throttle_reasons']}): timings may mislead; check power and cooling")
+    if environment.gpu.get("other_processes"):
+        found.append(f"{environment.gpu['other_processes']} other processes used the GPU: timings may mislead; stop them")
+    return found
+
+
+class PeakMemory:
+    """The most memory used since `reset`: of the process on a CPU (Linux), of the allocator on CUDA."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def reset(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif sys.platform == "linux":
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+            except OSError:
+                pass  # some containers forbid it: the peak is then the one since the process began, an upper bound
+
+    def read(self) -> int:
+        """Bytes at the peak."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        if sys.platform == "linux":
+            status = Path("/proc/self/status").read_text()
+            return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+        return psutil.Process().memory_info().rss
+
+    def now(self) -> int:
+        """Bytes in use at this moment."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return psutil.Process().memory_info().rss
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "CPU"
+
+
+def _read_gpu(device: torch.device) -> dict:
+    """Clocks, power and neighbours through NVML. Not run without a GPU."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+        harmless = pynvml.nvmlClocksEventReasonGpuIdle | pynvml.nvmlClocksEventReasonApplicationsClocksSetting
+        others = [process for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if process.pid != os.getpid()]
+        return {
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "power_cap_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+            "throttle_reasons": f"0x{reasons & ~harmless:x}" if reasons & ~harmless else None,
+            "other_processes": len(others),
+        }
+    finally:
+        pynvml.nvmlShutdown()

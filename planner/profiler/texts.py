@@ -1,0 +1,172 @@
+"""Prompts of an exact length from the user's files: raw text cut into slots, chats joined through the template.
+
+A slot is a stretch of a file that no other prompt overlaps, so that a check can take slots that a profile did not see.
+Files are taken in turn, kind by kind, so that every kind of text weighs the same.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from planner.errors import BadInput
+from planner.files import read_bytes
+from planner.runtime.tokenizer import Tokenizer
+
+MAX_CHATS = 1_000_000
+
+
+class Prompt(NamedTuple):
+    kind: str  # stratum: the folder's name where files come from several, else the file's
+    source: str  # file name
+    offset: int  # the first token (raw text) or chat in the file
+    extent: int  # how many of them it takes
+    tokens: list[int]
+
+    @property
+    def key(self) -> str:
+        """Names the stretch, so that other prompts can be kept off it."""
+        return f"{self.source}@{self.offset}+{self.extent}"
+
+
+def draw_prompts(
+    tokenizer: Tokenizer,
+    files: list[Path],
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    seen: list[str] = (),  # keys of prompts not to overlap with
+) -> list[Prompt]:
+    """`count` prompts of exactly `length` tokens, stratified over kinds and files. BadInput if there are not enough."""
+    if not files:
+        raise BadInput("prompts come from files: give --dataset FILE[,FILE...] (.txt raw, .jsonl chats or prompts)")
+    rng = np.random.default_rng(seed)
+    taken = _taken(seen)
+    by_kind = defaultdict(list)  # kind -> prompts of each of its files, shuffled
+    for path, kind in zip(files, _kinds(files), strict=True):
+        prompts = [Prompt(kind, path.name, *slot) for slot in _slots(tokenizer, path, length)]
+        prompts = [prompt for prompt in prompts if not _overlaps(prompt, taken[path.name])]
+        by_kind[kind].append([prompts[i] for i in rng.permutation(len(prompts))])
+    available = sum(len(prompts) for files_of_kind in by_kind.values() for prompts in files_of_kind)
+    if available < count:
+        unseen = " that the profile did not see" if seen else ""
+        raise BadInput(f"{count} prompts of {length} tokens{unseen} are needed, the dataset holds {available}; add files or lower --texts")
+    return _in_turn([_in_turn(files_of_kind, available) for files_of_kind in by_kind.values()], count)
+
+
+def expand(paths: list[str]) -> list[Path]:
+    """Files behind paths; a folder stands for the .txt and .jsonl files in it and below."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise BadInput(f"a dataset must exist, {path} does not; check --dataset")
+    if wrong := [file for file in files if file.suffix not in (".txt", ".jsonl")]:
+        raise BadInput(f"a dataset is a .txt file (raw text) or a .jsonl file (chats or prompts), got {wrong[0]}")
+    return files
+
+
+def distinct_4grams(tokens: list[int]) -> float:
+    """Share of distinct 4-grams; 1 for a text without any. Below 0.6 a text is repeating itself."""
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def _slots(tokenizer: Tokenizer, path: Path, length: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Offset, extent and tokens of the stretches of a file that make one prompt each."""
+    content = read_bytes(path, "dataset")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")  # every byte is a character there; old book files are
+    if path.suffix == ".txt":
+        bos = [] if tokenizer.bos_token is None else [tokenizer.bos_token]
+        tokens = tokenizer.encode(text)
+        step = length - len(bos)
+        for offset in range(0, len(tokens) - step + 1, step):
+            yield offset, step, bos + tokens[offset : offset + step]
+    else:
+        yield from _chat_slots(tokenizer, _read_chats(path, text), length)
+
+
+def _chat_slots(tokenizer: Tokenizer, chats: list[list[dict]], length: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Chats joined as turns of one conversation until they fill `length`; the oldest tokens are cut, as a full context cuts them."""
+    first, turns, size = 0, [], 0
+    for index, messages in enumerate(chats):
+        turns += messages
+        size += sum(len(tokenizer.encode(message["content"])) for message in messages)
+        if size < length:
+            continue
+        last_user = max((i for i, message in enumerate(turns) if message["role"] == "user"), default=None)
+        if last_user is None:
+            raise BadInput(f"a chat needs a message with role user, chats {first}..{index} have none")
+        tokens = tokenizer.encode_chat(turns[: last_user + 1])  # the model is to answer the last user message
+        if len(tokens) >= length:
+            yield first, index + 1 - first, tokens[-length:]
+            first, turns, size = index + 1, [], 0
+
+
+def _read_chats(path: Path, text: str) -> list[list[dict]]:
+    chats = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        if len(chats) >= MAX_CHATS:
+            raise BadInput(f"a dataset holds at most {MAX_CHATS} chats, {path} has more; split it")
+        try:
+            record = msgspec.json.decode(line)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise BadInput(f"{path} line {number} is not JSON: {error}") from None
+        chats.append(_messages(record, f"{path} line {number}"))
+    return chats
+
+
+def _messages(record, where: str) -> list[dict]:
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+        return [{"role": "user", "content": record["prompt"]}]
+    messages = record.get("messages", record.get("conversations")) if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise BadInput(f"{where} must be an object with `messages` (role, content), `conversations` or `prompt`")
+    roles = {"human": "user", "gpt": "assistant"}  # ShareGPT's words
+    found = []
+    for message in messages:
+        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+        content = message.get("content", message.get("value")) if isinstance(message, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise BadInput(f"{where}: each message needs a role and a content, both text")
+        found.append({"role": roles.get(role, role), "content": content})
+    return found
+
+
+def _kinds(files: list[Path]) -> list[str]:
+    folders = [file.resolve().parent.name for file in files]
+    return folders if len(set(folders)) > 1 else [file.stem for file in files]
+
+
+def _in_turn(queues: list[list[Prompt]], count: int) -> list[Prompt]:
+    """Up to `count` prompts, one of each queue in turn."""
+    rows = itertools.zip_longest(*queues)
+    return list(itertools.islice((prompt for row in rows for prompt in row if prompt is not None), count))
+
+
+def _taken(seen: list[str]) -> dict[str, list[tuple[int, int]]]:
+    taken = defaultdict(list)
+    for key in seen:
+        source, _, rest = key.rpartition("@")
+        offset, _, length = rest.partition("+")
+        if not (offset.isdecimal() and length.isdecimal()):
+            raise BadInput(f"a text is named source@offset+length, got {key[:100]!r}")
+        taken[source].append((int(offset), int(offset) + int(length)))
+    return taken
+
+
+def _overlaps(prompt: Prompt, taken: list[tuple[int, int]]) -> bool:
+    return any(begin < prompt.offset + prompt.extent and prompt.offset < end for begin, end in taken)

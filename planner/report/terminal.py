@@ -1,0 +1,563 @@
+"""What the commands print: the answer on stdout; progress, warnings and errors on stderr. The only place that prints.
+
+Times are shown in ms (per token, per round) or s (to the first token, end to end), sizes in GiB or MiB. "43.1 [41.9, 44.6]" is
+an estimate with its 90 % interval. Nothing is interpreted as markup, and control characters of names never reach the terminal.
+"""
+
+import json
+import re
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from planner.measurements import MIN_DISTINCT_4GRAMS, Profile, RoundSample
+from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Objective, Plan, Sweep, SweepCell
+from planner.specs import KVPolicy, SparseKV, describe, describe_kv, describe_sampler
+from planner.units import format_bytes
+
+MAX_ROWS = 6  # reasons of refusal, or failures, before "and N more"
+HASH_CHARS = 12  # of a sha256, enough to recognise a file
+REFRESH_S = 0.1
+GAP = 2  # spaces between columns; rich puts one of them
+RULE = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # a line below the header, in any encoding
+OBJECTIVE_NAMES: dict[Objective, str] = {"e2e": "end-to-end time", "tpot": "time per token"}
+
+
+# What everything goes through
+
+
+def print_json(value: msgspec.Struct | dict) -> None:
+    """One JSON document on stdout. ASCII, so that it survives any encoding and cannot carry terminal sequences."""
+    print(json.dumps(msgspec.to_builtins(value), indent=1, allow_nan=False), flush=True)
+
+
+def write_text(piece: str) -> None:
+    """A piece of generated text on stdout, at once; on a terminal without the control characters a model may come up with."""
+    console = _console()
+    if console.is_terminal:
+        piece = "".join(char for char in piece if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs"))
+    console.file.write(piece)
+    console.file.flush()
+
+
+def show_error(message: object) -> None:
+    """One line on stderr."""
+    print(f"error: {clean(message)}", file=sys.stderr, flush=True)
+
+
+def show_warnings(warnings: Iterable[str]) -> None:
+    """One line each on stderr, each warning once. Plain print: above a running progress bar rich redirects it."""
+    for warning in dict.fromkeys(map(clean, warnings)):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def clean(text: object) -> str:
+    """One line without control, direction and surrogate characters: what a terminal may show of a name from outside."""
+    return "".join(char for char in re.sub(r"\s+", " ", str(text)) if unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
+
+
+# The reports
+
+
+def show_plan(plan: Plan, path: str | Path | None) -> None:
+    """The choice, what it is compared with, why, and last the line to paste."""
+    console = _console()
+    workload = plan.workload
+    cap = "no memory cap" if plan.memory_cap_bytes is None else f"memory cap {format_bytes(plan.memory_cap_bytes)}"
+    _title(
+        console,
+        f"Plan for {clean(plan.model)} ({clean(plan.dtype)}) on {clean(plan.device)}: "
+        f"context {workload.context_len}, output {workload.output_len}, {describe_sampler(workload.sampler)}; "
+        f"objective {OBJECTIVE_NAMES[plan.objective]}; {cap}",
+    )
+    ties = [tie.config for tie in plan.ties]
+    estimates = [plan.baseline]
+    for estimate in [plan.estimate, *plan.runners_up]:
+        if all(estimate.config != shown.config for shown in estimates):
+            estimates.append(estimate)
+    roles = ["choice" if e.config == plan.chosen else "tie" if e.config in ties else "" for e in estimates]
+    _show_estimates(console, estimates, roles)
+
+    lines = [("Choice", _choice(plan))]
+    if plan.best_speculative is not None:
+        predicted = next((f"; predicted {_range(e.tokens_per_round, decimals=2)}" for e in estimates if e.config == plan.best_speculative), "")
+        threshold = f"{plan.break_even_tokens_per_round:.2f} tokens per round"
+        lines.append(("Break-even", f"{describe(plan.best_speculative)} pays above {threshold}{predicted}"))
+    for tie in plan.ties:
+        cost = f"Should it turn out at its best, the choice is {100 * tie.cost_of_being_wrong:.1f} % worse"
+        settle = f"To settle it: {clean(tie.settle)}"
+        lines.append(("Tie", f"{describe(tie.config)} costs {_percent(tie.difference)} % against the choice. {cost}. {settle}"))
+    lines += _refused(plan)
+    lines += [("Note", clean(note)) for note in dict.fromkeys([*plan.notes, *plan.estimate.notes, *plan.baseline.notes])]
+    lines += [
+        ("Latency fit", f"{100 * plan.latency_error:.1f} % rms error on cells left out; {clean(plan.latency_form)}"),
+        ("Profile", f"sha256 {plan.profile_sha256[:HASH_CHARS]}, latency from {clean(plan.source)}"),
+        *_saved(path),
+    ]
+    _lines(console, lines)
+    console.print(Text(clean(plan.command), style="bold"), soft_wrap=True)  # unbroken, to be pasted
+
+
+def show_estimate(estimate: Estimate, baseline: Estimate) -> None:
+    """One configuration beside plain decoding."""
+    console = _console()
+    _show_estimates(console, [baseline] if estimate.config == baseline.config else [baseline, estimate])
+    between = f"standard deviation between texts {estimate.sd_rounds_per_token:.3f} rounds per token" if estimate.num_texts else ""
+    lines = [("Acceptance", f"from {estimate.num_texts} texts; {between}")] if estimate.num_texts else []
+    _lines(console, lines + [("Note", clean(note)) for note in dict.fromkeys([*estimate.notes, *baseline.notes])])
+
+
+def show_profile(profile: Profile, path: str | Path | None) -> None:
+    """What was measured, in short; the profile's own warnings go to stderr."""
+    console = _console()
+    show_warnings(profile.warnings)
+    device, environment = profile.device, profile.environment
+    cores = f", {device.num_cores} threads" if device.num_cores else ""
+    _title(
+        console,
+        f"Profile of {clean(profile.model)} ({profile.dtype}, {format_bytes(profile.weights_bytes)} of weights) "
+        f"on {clean(device.name)} ({format_bytes(device.memory_bytes)}{cores}), {clean(profile.source)}, {clean(profile.execution_mode)}",
+    )
+    _title(console, "Texts that the target wrote")
+    _show_table(console, *_texts_table(profile))
+    _title(console, f"Acceptance: P(first draft is accepted), mean over texts with {100 * CONFIDENCE:.0f} % interval")
+    _show_table(console, *_acceptance_table(profile))
+    _title(console, "Rounds: medians, each phase by itself; start is selection and the first token, once per text")
+    _show_table(console, *_latency_table(profile))
+
+    load = "" if environment.load_1min is None else f"load {environment.load_1min:.1f}"
+    busy = "" if environment.busy_share is None else f"others used {environment.busy_share:.0%} of the CPU before the run"
+    gpu = [f"{clean(key)}={clean(value)}" for key, value in environment.gpu.items() if value not in (None, "")]
+    lines = [
+        ("Prefill", "; ".join(f"{sample.context_len} tokens in {_number(float(np.median(sample.seconds)))} s" for sample in profile.prefill)),
+        *_failed(profile),
+        ("Machine", ", ".join(part for part in (load, busy, *gpu) if part)),
+        ("Versions", f"planner {clean(environment.planner_version)}, torch {clean(environment.torch)}, {clean(environment.date)}"),
+        ("Minutes", _minutes(profile.minutes)),
+    ]
+    _lines(console, [line for line in lines if line[1]] + _saved(path))
+
+
+def show_check(check: Check, path: str | Path | None) -> None:
+    """Predicted beside measured, and the verdict; the check's own warnings go to stderr."""
+    console = _console()
+    show_warnings(check.warnings)
+    _title(console, f"Check on {check.num_texts} texts; objective {OBJECTIVE_NAMES[check.objective]}")
+    cells = sorted(check.cells, key=lambda cell: (cell.role != "baseline", cell.role != "chosen"))  # stable: runners-up stay in order
+    config = [Column("configuration", lambda cell: describe(cell.config), right=False)]
+    groups = [
+        [
+            Column("role", lambda cell: {"chosen": "choice", "baseline": "baseline", "runner_up": "runner-up"}[cell.role], right=False),
+            Column("predicted\nTPOT ms", lambda cell: _range(cell.predicted.tpot_s, 1e3)),
+            Column("measured\nTPOT ms", lambda cell: _range(cell.measured_tpot_s, 1e3)),
+        ],
+        [
+            Column("predicted\nround ms", lambda cell: _range(cell.predicted.round_s, 1e3)),
+            Column("measured\nround ms", lambda cell: _number(1e3 * cell.measured_round_s)),
+        ],
+        [
+            Column("predicted\ntokens\nper round", lambda cell: _range(cell.expected_tokens_per_round, decimals=2)),
+            Column("measured\ntokens\nper round", lambda cell: f"{cell.measured_tokens_per_round:.2f}"),
+        ],
+        [
+            Column("predicted\nmemory", lambda cell: _memory(cell.predicted.memory_bytes)),
+            Column("measured\nmemory", lambda cell: format_bytes(cell.measured_memory_bytes)),
+        ],
+    ]
+    if check.objective == "e2e":
+        end_to_end = [
+            Column("predicted\nend-to-end s", lambda cell: _range(cell.predicted.e2e_s)),
+            Column("measured\nend-to-end s", lambda cell: _range(cell.measured_e2e_s)),
+        ]
+        groups.insert(1, end_to_end)
+    groups.append([Column("measured\nover choice %", lambda cell: "" if cell.role == "chosen" else _percent(cell.cost_over_choice))])
+
+    def style(cell: CheckCell) -> str:
+        return "bold" if cell.role == "chosen" else ""
+
+    _show_table(console, config, groups, cells, style)
+    _lines(
+        console,
+        [
+            ("Regret", f"{_percent(check.regret)} % of {OBJECTIVE_NAMES[check.objective]} against the best measured, {describe(check.best)}"),
+            ("PASS" if check.passed else "FAIL", clean(check.verdict)),
+            ("Minutes", f"{check.minutes:.1f}"),
+            *_saved(path),
+        ],
+    )
+
+
+def show_sweep(sweep: Sweep, path: str | Path | None) -> None:
+    """The grid, fastest first behind plain decoding; the sweep's own warnings go to stderr."""
+    console = _console()
+    show_warnings(sweep.warnings)
+    workload = sweep.workload
+    _title(
+        console,
+        f"Sweep of {clean(sweep.model)}: context {workload.context_len}, output {workload.output_len}, {describe_sampler(workload.sampler)}; all measured",
+    )
+    cells = sorted(sweep.cells, key=lambda cell: (cell.config.draft_len > 0, cell.measured_tpot_s.value))
+
+    def role(cell: SweepCell) -> str:
+        return "best" if cell.config == sweep.best else ""
+
+    keys = [Column("", role, right=False), Column("configuration", lambda cell: describe(cell.config), right=False)]
+    groups = [
+        [Column("TPOT ms", lambda cell: _range(cell.measured_tpot_s, 1e3)), Column("end-to-end s", lambda cell: _range(cell.measured_e2e_s))],
+        [
+            Column("tokens/round", lambda cell: f"{cell.measured_tokens_per_round:.2f}"),
+            Column("speedup\nof TPOT x", lambda cell: _range(cell.speedup, decimals=2)),
+        ],
+    ]
+    _show_table(console, keys, groups, cells, lambda cell: "bold" if role(cell) else "")
+    _lines(console, [("Minutes", f"{sweep.minutes:.1f} for {len(cells)} configurations"), *_saved(path)])
+
+
+def show_generation_stats(*, num_tokens: int, num_rounds: int, decode_s: float, ttft_s: float) -> None:
+    """One line on stderr about a finished generation. The first token belongs to prefill, not to a round."""
+    later = num_tokens - 1
+    parts = [f"{num_tokens} tokens", f"TTFT {_number(ttft_s)} s"]
+    if later > 0:
+        parts += [f"{later / max(1, num_rounds):.2f} tokens/round", f"TPOT {_number(1e3 * decode_s / later)} ms"]
+    print(", ".join(parts), file=sys.stderr, flush=True)
+
+
+# Progress
+
+
+class Progress:
+    """Bars on a terminal, else a plain line per stage, else nothing: what `planner.commands.progress.Progress` asks for."""
+
+    def __init__(self, description: str, bars: Bars | None, quiet: bool):
+        self._description, self._bars, self._quiet = clean(description), bars, quiet
+        self._task, self._drawn_at = None, 0.0
+
+    def stage(self, name: str, total: int) -> None:
+        """A new stage of `total` steps begins; the one before it is over."""
+        label = ": ".join(part for part in (self._description, clean(name)) if part)
+        if self._bars is not None:
+            self._finish()
+            self._task = self._bars.add_task(label, total=total)
+            self._bars.refresh()
+        elif not self._quiet:
+            print(f"{label} ({total})", file=sys.stderr, flush=True)
+
+    def advance(self, n: int = 1) -> None:
+        """n steps of the stage are done."""
+        if self._task is None:
+            return
+        self._bars.advance(self._task, n)
+        if time.perf_counter() - self._drawn_at > REFRESH_S:
+            self._bars.refresh()
+            self._drawn_at = time.perf_counter()
+
+    def _finish(self) -> None:
+        """Stop the clock of the stage; a stage that did fewer steps than announced keeps its count."""
+        if self._task is not None:
+            self._bars.stop_task(self._task)
+
+
+@contextmanager
+def progress(description: str = "", *, quiet: bool = False) -> Iterator[Progress]:
+    """Progress of a long run, on stderr. Leaving it, by Ctrl-C too, gives the terminal back as it was.
+
+    Redrawn only by `advance`, never by a thread: a thread would disturb what is being timed.
+    """
+    console = _console(stderr=True)
+    if quiet or not console.is_terminal or console.is_dumb_terminal:
+        yield Progress(description, None, quiet)
+        return
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns += [TextColumn("left"), TimeRemainingColumn()]
+    with Bars(*columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=True, expand=True) as bars:
+        reporter = Progress(description, bars, quiet)
+        try:
+            yield reporter
+        finally:
+            reporter._finish()
+
+
+# Tables
+
+
+class Column(NamedTuple):
+    header: str  # with the unit
+    cell: Callable[[object], str]
+    right: bool = True
+
+
+def _show_table(
+    console: Console,
+    keys: Sequence[Column],  # repeated in every part
+    groups: Sequence[Sequence[Column]],  # columns that stay together
+    rows: Sequence[object],
+    style: Callable[[object], str] = lambda row: "",
+) -> None:
+    """A table; where it is too wide for the console, several below each other, as many groups in each as fit."""
+    if not rows:
+        _put(console, Text("(none)"))
+        return
+
+    def texts(column: Column, folded: bool) -> list[str]:
+        shown = [column.cell(row) for row in rows]
+        return [_fold(text) for text in shown] if folded and column in keys else shown
+
+    def width(columns: Sequence[Column], folded: bool, words: bool = False) -> int:
+        """What the columns need; with `words`, where all that is not a figure may break at every space."""
+        widths = [
+            max(
+                len(piece)
+                for text in [column.header, *texts(column, folded)]
+                for piece in (text.split() if words and not column.right else text.split("\n")) or [""]
+            )
+            for column in columns
+        ]
+        return sum(widths) + GAP * (len(columns) - 1)
+
+    parts = [[*keys, *groups[0]]]
+    for group in groups[1:]:
+        if width([*parts[-1], *group], folded=True) <= console.width:
+            parts[-1] += group
+        else:
+            parts.append([*keys, *group])
+    for columns in parts:
+        folded = width(columns, False) > console.width >= width(columns, True)
+        unbroken = width(columns, folded, words=True) <= console.width  # else figures break too, which beats cutting them
+        table = Table(box=RULE, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="bold")
+        for column in columns:
+            table.add_column(column.header, justify="right" if column.right else "left", overflow="fold", no_wrap=column.right and unbroken)
+        for row, *shown in zip(rows, *(texts(column, folded) for column in columns), strict=True):
+            table.add_row(*shown, style=style(row))
+        _put(console, table)
+
+
+def _fold(text: str) -> str:
+    """self_sparse window 512 K=4 on two lines."""
+    return text.replace(" ", "\n", 1) if text.count(" ") > 1 else text
+
+
+def _show_estimates(console: Console, estimates: list[Estimate], roles: Sequence[str] = ()) -> None:
+    rows = list(zip(estimates, roles or [""] * len(estimates), strict=True))
+    keys = [Column("", lambda row: row[1], right=False)] if any(roles) else []
+    keys.append(Column("configuration", lambda row: describe(row[0].config), right=False))
+    groups = [
+        [Column("TPOT ms", lambda row: _range(row[0].tpot_s, 1e3)), Column("end-to-end s", lambda row: _range(row[0].e2e_s))],
+        [
+            Column("tokens/round", lambda row: _range(row[0].tokens_per_round, decimals=2)),
+            Column("speedup x", lambda row: _range(row[0].speedup, decimals=2)),
+        ],
+        [Column("TTFT s", lambda row: _range(row[0].ttft_s)), Column("memory", lambda row: _memory(row[0].memory_bytes))],
+    ]
+    _show_table(console, keys, groups, rows, lambda row: "bold" if row[1] == "choice" else "")
+
+
+def _texts_table(profile: Profile) -> tuple[list[Column], list[list[Column]], list]:
+    groups = {}
+    for text in profile.texts:
+        groups.setdefault((text.context_len, text.sampler), []).append(text)
+
+    def distinct(row: tuple) -> float:
+        return float(np.mean([text.distinct_4grams for text in row[1]]))
+
+    def repetitive(row: tuple) -> str:
+        return str(sum(text.distinct_4grams < MIN_DISTINCT_4GRAMS for text in row[1]))
+
+    columns = [
+        Column("texts", lambda row: str(len(row[1]))),
+        Column("tokens\nwritten", lambda row: str(sum(text.output_len for text in row[1]))),
+        Column("distinct\n4-grams %", lambda row: f"{100 * distinct(row):.0f}"),
+        Column(f"texts below\n{100 * MIN_DISTINCT_4GRAMS:.0f} %", repetitive),
+    ]
+    return _context_columns(), [columns], sorted(groups.items(), key=lambda item: item[0][0])
+
+
+def _acceptance_table(profile: Profile) -> tuple[list[Column], list[list[Column]], list]:
+    groups = {}
+    for sample in profile.acceptance:
+        text = profile.texts[sample.text]
+        starts = sample.drafted.unpack() > 0
+        first = sample.accept_prob.unpack()[:, 0] / 255
+        entry = groups.setdefault((text.context_len, text.sampler, sample.drafter.kind, sample.kv), ([], []))
+        entry[0].append(starts.mean())
+        entry[1].extend([first[starts].mean()] if starts.any() else [])  # a text on which nothing was drafted says nothing
+    columns = [
+        Column("drafter", lambda row: _drafter_name(row[0][2], row[0][3]), right=False),
+        Column("texts", lambda row: str(len(row[1][1]))),
+        Column("rounds that\ndraft %", lambda row: f"{100 * np.mean(row[1][0]):.0f}"),
+        Column("P(first accepted)", lambda row: _mean(row[1][1])),
+    ]
+    return _context_columns(), [columns], sorted(groups.items(), key=lambda item: item[0][0])
+
+
+def _latency_table(profile: Profile) -> tuple[list[Column], list[list[Column]], list[RoundSample]]:
+    def median(values: Sequence[float]) -> str:
+        return _number(1e3 * float(np.median(values)))
+
+    columns = [
+        Column("start\nms", lambda row: median(row.start_s)),
+        Column("draft\nms", lambda row: median(row.draft_s)),
+        Column("verify\nms", lambda row: median(row.verify_s)),
+        Column("round\nms", lambda row: median(row.round_s)),
+        Column("rounds", lambda row: str(len(row.position))),
+        Column("", lambda row: "repeated" if row.role == "drift" else "", right=False),
+    ]
+    keys = [Column("context", lambda row: str(row.context_len)), Column("configuration", _round_name, right=False)]
+    return keys, [columns], sorted(profile.rounds, key=lambda row: (row.role == "drift", _round_name(row) != "off"))
+
+
+def _context_columns() -> list[Column]:
+    """For rows that begin with (context_len, sampler, ...)."""
+    return [Column("context", lambda row: str(row[0][0])), Column("sampler", lambda row: describe_sampler(row[0][1]), right=False)]
+
+
+# Sentences
+
+
+def _choice(plan: Plan) -> str:
+    if plan.chosen.draft_len > 0:
+        return (
+            f"{describe(plan.chosen)}: {_range(plan.speedup, decimals=2)} times as fast as plain decoding by {OBJECTIVE_NAMES[plan.objective]}, "
+            f"the best of {plan.num_candidates} configurations"
+        )
+    if plan.best_speculative is None:
+        return f"Do not speculate: of {plan.num_candidates} configurations none that speculates may be used"
+    best = next((e for e in plan.runners_up if e.config == plan.best_speculative), None)
+    reach = f", reaches {_range(best.speedup, decimals=2)} times the speed of plain decoding" if best else " is no faster than plain decoding"
+    return f"Do not speculate: the best of {plan.num_candidates} configurations that does, {describe(plan.best_speculative)}{reach}"
+
+
+def _refused(plan: Plan) -> list[tuple[str, str]]:
+    """One line per reason; reasons that differ in their figures only are one."""
+    groups: dict[str, list] = {}
+    for rejected in plan.rejected:
+        groups.setdefault(re.sub(r"[\d.]+", "#", rejected.reason), []).append(rejected)
+    lines = []
+    for group in list(groups.values())[:MAX_ROWS]:
+        others = f" and {len(group) - 1} like it" if len(group) > 1 else ""
+        lines.append(("Refused", f"{describe(group[0].config)}{others}: {clean(group[0].reason)}"))
+    if len(groups) > MAX_ROWS:
+        lines.append(("Refused", f"and {sum(map(len, list(groups.values())[MAX_ROWS:]))} more"))
+    return lines
+
+
+def _failed(profile: Profile) -> list[tuple[str, str]]:
+    lines = [("Failed", f"{clean(failure.cell)}: {clean(failure.reason)}") for failure in profile.failures[:MAX_ROWS]]
+    return lines + [("Failed", f"and {len(profile.failures) - MAX_ROWS} more")] * (len(profile.failures) > MAX_ROWS)
+
+
+def _minutes(minutes: dict[str, float]) -> str:
+    stages = ", ".join(f"{clean(stage)} {spent:.1f}" for stage, spent in minutes.items())
+    return f"{stages}; {sum(minutes.values()):.1f} in all"
+
+
+def _saved(path: str | Path | None) -> list[tuple[str, str]]:
+    return [] if path is None else [("File", clean(path))]
+
+
+def _drafter_name(kind: str, kv: KVPolicy) -> str:
+    return f"{kind} {describe_kv(kv)}" if isinstance(kv, SparseKV) else kind
+
+
+def _round_name(sample: RoundSample) -> str:
+    if sample.draft_len == 0:
+        return "off" if sample.drafter.kind == "none" else f"{_drafter_name(sample.drafter.kind, sample.kv)} K=0"
+    return f"{_drafter_name(sample.drafter.kind, sample.kv)} K={sample.draft_len}"
+
+
+# Figures
+
+
+def _decimals(value: float) -> int:
+    """Three significant digits or so."""
+    return next((decimals for bound, decimals in ((1, 3), (10, 2), (1000, 1)) if abs(value) < bound), 0)
+
+
+def _number(value: float) -> str:
+    return f"{value:.{_decimals(value)}f}"
+
+
+def _range(interval: Interval, scale: float = 1.0, decimals: int | None = None) -> str:
+    """An estimate and its interval; what is exact by definition stands alone."""
+    value, low, high = (scale * bound for bound in (interval.value, interval.low, interval.high))
+    decimals = _decimals(value) if decimals is None else decimals
+    shown = f"{value:.{decimals}f}"
+    return shown if low == value == high else f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _percent(interval: Interval) -> str:
+    """A relative difference in percent, without the sign of percent."""
+    value, low, high = (f"{100 * bound:+.1f}" for bound in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _memory(interval: Interval) -> str:
+    """A size and its interval, the unit once where it is the same."""
+    value, low, high = (format_bytes(bound) for bound in (interval.value, interval.low, interval.high))
+    if low == value == high:
+        return value
+    number, unit = value.split()
+    if low.endswith(unit) and high.endswith(unit):
+        return f"{number} [{low.split()[0]}, {high.split()[0]}] {unit}"
+    return f"{value} [{low}, {high}]"
+
+
+def _mean(shares: Sequence[float]) -> str:
+    """Mean of shares with its interval, Student's t over texts, cut at 0 and 1 where no share can lie."""
+    if not shares:
+        return "never drafted"
+    mean = float(np.mean(shares))
+    if len(shares) == 1:
+        return f"{mean:.2f} [one text]"
+    from scipy.special import stdtrit  # here: scipy is slow to import, and --help needs none of it
+
+    half = float(stdtrit(len(shares) - 1, (1 + CONFIDENCE) / 2) * np.std(shares, ddof=1) / np.sqrt(len(shares)))
+    return f"{mean:.2f} [{max(0.0, mean - half):.2f}, {min(1.0, mean + half):.2f}]"
+
+
+# Output
+
+
+def _console(stderr: bool = False) -> Console:
+    """A console on the present stdout or stderr that takes every string literally."""
+    stream = sys.stderr if stderr else sys.stdout
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")  # a name that the terminal's encoding lacks must not end the report
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def _title(console: Console, text: str) -> None:
+    _put(console, Text(text, style="bold", overflow="fold"))
+
+
+def _lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
+    """Labelled sentences, wrapped behind their labels; a label is shown once in a row of equal ones."""
+    if not lines:
+        return
+    grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(overflow="fold")
+    previous = None
+    for label, text in lines:
+        grid.add_row("" if label == previous else label, text)
+        previous = label
+    _put(console, grid)
+
+
+def _put(console: Console, what: Table | Text) -> None:
+    """A block and a blank line, without the spaces that rich fills lines up with."""
+    with console.capture() as capture:
+        console.print(what)
+    console.file.write("\n".join(line.rstrip() for line in capture.get().split("\n")) + "\n")

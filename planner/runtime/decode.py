@@ -1,0 +1,105 @@
+"""The draft-verify-accept loop, the only one. Without a drafter it is plain decoding.
+
+Greedy output equals plain greedy output, sampled output follows the target's distribution, whatever the drafter,
+its cache and draft_len are. One read back to the host per round.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from planner.runtime.drafters.protocol import Drafter
+from planner.runtime.kv_cache import KVCache
+from planner.runtime.model import Transformer
+from planner.runtime.sampling import probabilities, sample, uniforms
+from planner.runtime.verify import verify_chain
+from planner.specs import Sampler
+
+
+class Round(NamedTuple):
+    """What one round did, per stream. A stream that has ended drafts, accepts and emits nothing."""
+
+    tokens: list[list[int]]  # emitted: the accepted drafts and one token of the target's own, cut at a stop token
+    drafted: list[int]
+    accepted: list[int]
+
+
+def cache_capacity(context_len: int, output_len: int, draft_len: int) -> int:
+    """Slots per stream that a full cache needs: prompt, output, and drafts that another stream's round pads to."""
+    return context_len + output_len + draft_len
+
+
+@torch.inference_mode()
+def decode(
+    model: Transformer,
+    cache: KVCache,  # prompts committed; holds cache_capacity(...) tokens per stream
+    prompts: list[list[int]],
+    first_logits: Tensor,  # [B, V], from prefill
+    drafter: Drafter,
+    *,
+    draft_len: int,
+    sampler: Sampler,
+    generators: list[torch.Generator],  # one per stream, on the model's device
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] = (),
+    mark: Callable[[str], None] = lambda phase: None,  # told when "select", "start", "draft", "verify" and "commit" are reached
+) -> Iterator[Round]:
+    """Yield the first token, which prefill paid for, as a round of its own, then round after round.
+
+    A round never drafts beyond max_new_tokens. Abandoning the iterator leaves the cache with what was committed.
+    """
+    B = len(prompts)
+    mark("start")
+    histories = [list(prompt) for prompt in prompts]
+    emitted = [0] * B
+    ended = [False] * B
+
+    def emit(proposed: list[list[int]]) -> list[list[int]]:
+        """Add tokens to the streams that still run; what each really took."""
+        taken = []
+        for b, tokens in enumerate(proposed):
+            stop = next((i + 1 for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
+            tokens = [] if ended[b] else tokens[:stop]
+            histories[b] += tokens
+            emitted[b] += len(tokens)
+            ended[b] = ended[b] or emitted[b] >= max_new_tokens or (bool(tokens) and tokens[-1] in stop_tokens)
+            taken.append(tokens)
+        return taken
+
+    drafter.start(cache, histories)
+    first = sample(probabilities(first_logits, sampler), uniforms(generators, 1)[:, 0])
+    opening = Round(emit([[token] for token in first.tolist()]), [0] * B, [0] * B)
+    mark("select")
+    yield opening
+
+    while not all(ended):
+        mark("start")
+        room = [0 if ended[b] else min(draft_len, max_new_tokens - emitted[b] - 1) for b in range(B)]
+        draft = drafter.propose(histories, room, sampler, generators)
+        mark("draft")
+
+        K = draft.tokens.shape[1]
+        last = torch.tensor([[history[-1]] for history in histories], device=model.device)
+        positions = torch.tensor([[length] for length in cache.lengths], device=model.device) + torch.arange(K + 1, device=model.device)
+        hidden = model(torch.cat([last, draft.tokens], 1), positions, cache, cache.causal_mask(K + 1)).hidden
+        verdict = verify_chain(
+            draft.tokens,
+            draft.probs,
+            torch.tensor(draft.lens, device=model.device),
+            probabilities(model.logits(hidden), sampler),
+            uniforms(generators, K + 1),
+        )
+        host = torch.cat([verdict.num_accepted[:, None], verdict.next_tokens[:, None], draft.tokens], 1).tolist()
+        mark("verify")
+
+        accepted = [0 if ended[b] else row[0] for b, row in enumerate(host)]
+        running = [not end for end in ended]
+        tokens = emit([row[2 : 2 + row[0]] + [row[1]] for row in host])
+        # The last token of a history is never in the cache: it is the next round's first input.
+        counts = [n + 1 if runs else 0 for n, runs in zip(accepted, running, strict=True)]
+        cache.commit(counts)
+        drafter.commit(cache, counts)
+        mark("commit")
+        yield Round(tokens, [n if runs else 0 for n, runs in zip(draft.lens, running, strict=True)], accepted)

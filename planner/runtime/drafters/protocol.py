@@ -1,0 +1,59 @@
+"""What every drafter offers: propose during decoding, and be replayed along a text that was already written.
+
+B  streams     K  tokens drafted     V  vocabulary size     T  tokens of a continuation
+"""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planner.runtime.kv_cache import KVCache
+from planner.specs import Sampler
+
+
+class Draft(NamedTuple):
+    """The proposal of one round, for all streams."""
+
+    tokens: Tensor  # [B, K], drawn from probs; columns behind a stream's length hold anything
+    probs: Tensor  # [B, K, V] float32
+    lens: list[int]  # tokens really drafted per stream, 0..K
+
+
+class TargetText(NamedTuple):
+    """A continuation that the target wrote under a sampler, with the cache it wrote it with.
+
+    Token t lies at position prompt_len + t. Token 0 came from prefill.
+    """
+
+    prompt: list[int]
+    tokens: list[int]  # [T]
+    token_probs: Tensor  # [T-1] float32: the target's probability of token t+1 after the sampler, 1 when greedy
+    cache: KVCache  # one stream, prompt and tokens 0..T-2 committed
+    sampler: Sampler
+
+
+class Replay(NamedTuple):
+    """What a drafter would have done at every place of a text, a round starting behind each token."""
+
+    accept_prob: np.ndarray  # [T-1, K] float32: [s, i] is P(draft i of a round behind token s is accepted | those before were)
+    drafted: np.ndarray  # [T-1] int: tokens that round drafts, at most K
+
+
+class Drafter(Protocol):
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident beyond the target's: caches and weights of its own."""
+
+    def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
+        """Look at the prompts, which the target has just committed."""
+
+    def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
+        """Draft up to draft_lens[b] tokens behind each history, the last token of which the target has not seen."""
+
+    def commit(self, target_cache: KVCache, counts: list[int]) -> None:
+        """The target has committed counts[b] more tokens, the same that were added to the histories."""
+
+    def replay(self, text: TargetText, draft_len: int) -> Replay:
+        """Acceptance along a text, as decoding it with this drafter would meet it, for every start of a round."""

@@ -1,0 +1,104 @@
+"""The target as its own drafter, looking at a part of its own cache (TriForce arXiv:2404.11912, MagicDec 2408.11049).
+
+Committed tokens keep the target's exact keys and values; only the drafts of the current round have keys that were
+computed under sparse attention. So acceptance depends on where a round began, and the replay runs every round of a
+text (start s, offset j) instead of one pass over it.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planner.runtime import kv_select
+from planner.runtime.drafters.protocol import Draft, Replay, TargetText
+from planner.runtime.kv_cache import KVCache, SparseKVCache, additive_mask
+from planner.runtime.model import Transformer
+from planner.runtime.sampling import probabilities, probability_of, sample, uniforms
+from planner.specs import Sampler, SparseKV
+
+STARTS_PER_PASS = 64  # rounds replayed in one forward pass: bounds its mask and its logits
+
+
+class SelfSparseDrafter:
+    def __init__(self, model: Transformer, policy: SparseKV, *, draft_len: int, batch: int):
+        self.model, self.policy = model, policy
+        self.cache = SparseKVCache(model.spec, policy, draft_len=draft_len, batch=batch, dtype=model.dtype, device=model.device)
+        self._positions: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes
+
+    def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
+        self.cache.select(target_cache)
+
+    def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
+        B, K = len(histories), max(draft_lens)
+        device = self.model.device
+        uniform = uniforms(generators, K)
+        tokens = torch.tensor([history[-1] for history in histories], device=device)
+        position = torch.tensor([len(history) - 1 for history in histories], device=device)
+        drafted, probs = [], []
+        committed = self.cache.lengths
+        for i in range(K):
+            mask = self.cache.causal_mask(1)
+            hidden = self.model(tokens[:, None], position[:, None] + i, self.cache, mask).hidden
+            self.cache.commit([1] * B)
+            probs.append(probabilities(self.model.logits(hidden[:, 0]), sampler))
+            tokens = sample(probs[-1], uniform[:, i])
+            drafted.append(tokens)
+        self.cache.lengths = committed  # the drafts' own keys and values end with the round
+        if K == 0:
+            return Draft(tokens.new_zeros(B, 0), torch.zeros(B, 0, self.model.spec.vocab_size, device=device), draft_lens)
+        return Draft(torch.stack(drafted, 1), torch.stack(probs, 1), draft_lens)
+
+    def commit(self, target_cache: KVCache, counts: list[int]) -> None:
+        self.cache.slide(target_cache, counts)
+
+    @torch.inference_mode()
+    def replay(self, text: TargetText, draft_len: int) -> Replay:
+        """Teacher-forced: draft j of the round behind token s reads token s+j and is judged on token s+j+1."""
+        T, L, K = len(text.tokens), len(text.prompt), draft_len
+        device = self.model.device
+        tokens = torch.tensor(text.tokens, device=device)
+        fixed = kv_select.select(self.policy, text.cache.keys[:, 0, :, :L])  # [layers, H, F]
+        accept_prob = np.zeros((T - 1, K), dtype=np.float32)
+        for first in range(0, T - 1, STARTS_PER_PASS):
+            starts = torch.arange(first, min(first + STARTS_PER_PASS, T - 1), device=device)  # [S]
+            reads = (starts[:, None] + torch.arange(K, device=device)).flatten()  # [S * K] index of the token a row reads
+            judged_on = reads + 1
+            inside = judged_on < T
+            reads, judged_on = reads.clamp(max=T - 1), judged_on.clamp(max=T - 1)
+
+            cache, mask = self._rounds(text.cache, fixed, starts + L, K)
+            hidden = self.model(tokens[reads][None], (L + reads)[None], cache, mask).hidden[0]
+            q = probability_of(self.model.logits(hidden), tokens[judged_on], text.sampler)
+            w = (q / text.token_probs[judged_on - 1]).clamp(max=1.0) * inside
+            accept_prob[first : first + len(starts)] = w.view(-1, K).cpu().numpy()
+        return Replay(accept_prob, np.full(T - 1, K))
+
+    def _rounds(
+        self,
+        target_cache: KVCache,
+        fixed: Tensor,  # [layers, H, F]
+        positions: Tensor,  # [S], ascending: of the token that each round starts behind
+        K: int,
+    ) -> tuple[KVCache, Tensor]:
+        """The target's keys that any of the rounds may see, and the mask that gives each (round, draft) row its own."""
+        F, S = fixed.shape[-1], len(positions)
+        window = self.policy.budget - F
+        first, last = int(positions[0]), int(positions[-1])
+        span = torch.arange(max(F, first - window), last, device=positions.device)
+        num_committed = F + len(span)
+        cache = KVCache(self.model.spec, batch=1, capacity=num_committed + S * K, dtype=self.model.dtype, device=self.model.device)
+        index = fixed[..., None].expand(-1, -1, -1, cache.keys.shape[-1])
+        for own, theirs in ((cache.keys, target_cache.keys), (cache.values, target_cache.values)):
+            own[:, 0, :, :F] = theirs[:, 0].gather(2, index)
+            own[:, 0, :, F:num_committed] = theirs[:, 0, :, span]
+        cache.commit([num_committed])
+
+        in_window = (span >= positions[:, None] - window) & (span < positions[:, None])  # [S, span]
+        sees_committed = torch.cat([torch.ones(S, F, dtype=torch.bool, device=span.device), in_window], 1).repeat_interleave(K, 0)
+        row = torch.arange(S * K, device=span.device)
+        sees_drafts = (row[:, None] // K == row // K) & (row <= row[:, None])
+        return cache, additive_mask(torch.cat([sees_committed, sees_drafts], 1), cache.keys.dtype)[None, None]

@@ -1,0 +1,178 @@
+"""What a configuration costs and gains under a workload, with its interval; or why it is out of the question.
+
+Uncertainty has four parts: texts scatter, cells that were left out of the fit moved it, cells not measured are missed
+by the fit's error, and the machine drifted during the profile. A comparison of two configurations uses the same texts
+and the same left-out cells, and what they share cancels.
+"""
+
+import math
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from scipy import stats
+
+from planner.cost.acceptance import AcceptanceModel, context_weights, fit_acceptance
+from planner.cost.latency import LatencyModel, fit_latency
+from planner.cost.memory import largest_budget, resident_bytes
+from planner.errors import BadInput
+from planner.measurements import Profile
+from planner.plans import CONFIDENCE, Estimate, Interval, Objective
+from planner.specs import DraftConfig, SparseKV, Workload
+from planner.units import GIB
+
+
+class Models(NamedTuple):
+    """A profile and what was fitted to it."""
+
+    profile: Profile
+    acceptance: AcceptanceModel
+    latency: LatencyModel
+
+
+class Prediction(NamedTuple):
+    """Time per token of one configuration, in the pieces that comparisons need."""
+
+    estimate: Estimate
+    per_text: list[tuple[float, np.ndarray, np.ndarray]]  # weight of a context, its texts, TPOT on each
+    left_out: np.ndarray  # [J] mean TPOT under each fit with a cell left out
+    error: float  # relative, of a round time that was not measured itself
+
+
+def fit_models(profile: Profile) -> Models:
+    return Models(profile, fit_acceptance(profile), fit_latency(profile))
+
+
+def predict(models: Models, config: DraftConfig, workload: Workload) -> Prediction:
+    """The estimate of one configuration; BadInput where the profile says nothing about it."""
+    profile, latency = models.profile, models.latency
+    if workload.context_len + workload.output_len > profile.target.max_context_len:
+        raise BadInput(
+            f"context + output must fit the model's {profile.target.max_context_len} tokens, got {workload.context_len} + {workload.output_len}; shorten one"
+        )
+    position = workload.context_len + workload.output_len / 2  # round time is linear in it, so the middle is the mean
+    round_s = latency.round_s(config, workload.context_len, position)  # [1 + J, K + 1]
+    if config.draft_len == 0:
+        _, notes = context_weights(profile.contexts, workload.context_len)
+        per_text, means, rounds_per_token, text_variance, sd_rounds, num_texts = [], round_s[:, 0], 1.0, 0.0, 0.0, 0
+        rounds_se = 0.0
+    else:
+        strata, notes = models.acceptance.strata(config, workload)
+        per_text = [(s.weight, s.rounds.texts, s.rounds.by_drafted @ round_s[0]) for s in strata]
+        means = sum(s.weight * (s.rounds.by_drafted.mean(0) @ round_s.T) for s in strata)
+        rounds = [(s.weight, s.rounds.by_drafted.sum(1), s.rounds.chance) for s in strata]
+        rounds_per_token = float(sum(w * r.mean() for w, r, _ in rounds))
+        text_variance = sum(w**2 * _variance_of_mean(tpot) for w, _, tpot in per_text)
+        rounds_se = math.sqrt(sum(w**2 * _variance_of_mean(r) for w, r, _ in rounds))
+        sd_rounds = math.sqrt(sum(w * (np.var(r, ddof=1) if len(r) > 1 else 0.0) + w * chance.mean() for w, r, chance in rounds))
+        num_texts = min(len(r) for _, r, _ in rounds)
+
+    tpot, error = float(means[0]), latency.plain_error if config.draft_len == 0 else latency.error
+    latency_variance = _jackknife(means[1:]) + (tpot * error) ** 2 + (tpot * latency.drift) ** 2
+    half = _quantile(num_texts)
+    tpot_s = _interval(tpot, half * math.sqrt(text_variance + latency_variance))
+    ttft, ttft_sd = latency.ttft_s(config, workload.context_len)
+    later = workload.output_len - 1
+    e2e_half = half * math.sqrt(ttft_sd**2 + later**2 * (text_variance + latency_variance))
+    mean_round = tpot / rounds_per_token
+    one = Interval(value=1.0, low=1.0, high=1.0)
+    estimate = Estimate(
+        config=config,
+        tokens_per_round=_inverse(_interval(rounds_per_token, half * rounds_se)),
+        round_s=_interval(mean_round, half * math.sqrt(latency_variance) / rounds_per_token),
+        tpot_s=tpot_s,
+        ttft_s=_interval(ttft, half * ttft_sd),
+        e2e_s=_interval(ttft + later * tpot, e2e_half),
+        memory_bytes=resident_bytes(profile, config, workload),
+        speedup=one,
+        sd_rounds_per_token=sd_rounds,
+        num_texts=num_texts,
+        notes=notes,
+    )
+    return Prediction(estimate, per_text, means[1:], error)
+
+
+def with_speedup(prediction: Prediction, baseline: Prediction, objective: Objective) -> Prediction:
+    """The same, its speedup over plain decoding filled in."""
+    if prediction.estimate.config.draft_len == 0:
+        return prediction
+    ratio = difference(baseline, prediction, objective)  # baseline / this - 1
+    speedup = Interval(value=1 + ratio.value, low=1 + ratio.low, high=1 + ratio.high)
+    return prediction._replace(estimate=msgspec.structs.replace(prediction.estimate, speedup=speedup))
+
+
+def difference(a: Prediction, b: Prediction, objective: Objective) -> Interval:
+    """objective(a) / objective(b) - 1, on the same texts and the same left-out cells."""
+    value_a, value_b = objective_s(a.estimate, objective), objective_s(b.estimate, objective)
+    tokens = 1.0 if objective == "tpot" else (b.estimate.e2e_s.value - b.estimate.ttft_s.value) / b.estimate.tpot_s.value
+    texts, rest = _difference_variance(a, b)
+    num_texts = min((e.num_texts for e in (a.estimate, b.estimate) if e.num_texts), default=0)
+    ratio = _interval(value_a / value_b, _quantile(num_texts) * tokens / value_b * math.sqrt(texts + rest))
+    return Interval(value=ratio.value - 1, low=ratio.low - 1, high=ratio.high - 1)
+
+
+def text_share(a: Prediction, b: Prediction) -> float:
+    """Share of a comparison's variance that more texts would remove; the rest needs more cells."""
+    texts, rest = _difference_variance(a, b)
+    return texts / (texts + rest) if texts + rest > 0 else 0.0
+
+
+def objective_s(estimate: Estimate, objective: Objective) -> float:
+    """The number that is minimised."""
+    return (estimate.tpot_s if objective == "tpot" else estimate.e2e_s).value
+
+
+def refusal(models: Models, prediction: Prediction, workload: Workload, cap_bytes: int | None) -> str | None:
+    """Why a configuration may not be used under a memory cap; None if it may."""
+    needed = prediction.estimate.memory_bytes.value
+    if cap_bytes is None or needed <= cap_bytes:
+        return None
+    config = prediction.estimate.config
+    reason = f"needs {needed / GIB:.2f} GiB of {cap_bytes / GIB:.2f} GiB"
+    if isinstance(config.kv, SparseKV):
+        largest = largest_budget(models.profile, config, workload, cap_bytes)
+        reason += f"; the largest kv_budget that fits is {largest}" if largest else "; no kv_budget fits"
+    return reason
+
+
+def _difference_variance(a: Prediction, b: Prediction) -> tuple[float, float]:
+    """Variance of the difference in TPOT, in seconds squared: by texts, and by what the fit does not know."""
+    contexts = max(len(a.per_text), len(b.per_text))
+    texts = sum(_paired_variance(a.per_text[i] if a.per_text else None, b.per_text[i] if b.per_text else None) for i in range(contexts))
+    missed = (a.estimate.tpot_s.value * a.error) ** 2 + (b.estimate.tpot_s.value * b.error) ** 2
+    return texts, _jackknife(a.left_out - b.left_out) + missed
+
+
+def _paired_variance(a, b) -> float:
+    """Variance of the mean difference in TPOT at one context; a configuration without texts is the same on all of them."""
+    if a is None or b is None:
+        weight, _, tpot = a or b
+        return weight**2 * _variance_of_mean(tpot)
+    _, rows_a, rows_b = np.intersect1d(a[1], b[1], return_indices=True)
+    return a[0] ** 2 * _variance_of_mean(a[2][rows_a] - b[2][rows_b])
+
+
+def _variance_of_mean(values: np.ndarray) -> float:
+    return float(np.var(values, ddof=1) / len(values)) if len(values) > 1 else 0.0
+
+
+def _jackknife(left_out: np.ndarray) -> float:
+    """Variance from estimates with one cell left out each (Efron 1982)."""
+    J = len(left_out)
+    return float((J - 1) / J * np.square(left_out - left_out.mean()).sum()) if J > 1 else 0.0
+
+
+def _quantile(num_texts: int) -> float:
+    """Half-width of the interval in standard deviations; Student's t, texts being the scarcest sample."""
+    tail = (1 + CONFIDENCE) / 2
+    return float(stats.t.ppf(tail, num_texts - 1)) if num_texts > 1 else float(stats.norm.ppf(tail))
+
+
+def _interval(value: float, half: float) -> Interval:
+    """Symmetric on a log scale: a time stays positive however little is known about it."""
+    value, factor = float(value), math.exp(min(half / value, 30.0))
+    return Interval(value=value, low=value / factor, high=value * factor)
+
+
+def _inverse(interval: Interval) -> Interval:
+    return Interval(value=1 / interval.value, low=1 / interval.high, high=1 / interval.low)

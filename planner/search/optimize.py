@@ -1,0 +1,145 @@
+"""Choose: every configuration that the profile can answer for, the best by expected objective under the memory cap.
+
+The space is small (drafters x policies x budgets x draft_len), so all of it is evaluated.
+"""
+
+import math
+
+import planner
+from planner.errors import BadInput
+from planner.measurements import Profile
+from planner.plans import Interval, Objective, Plan, Rejected, Tie
+from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict, refusal, text_share, with_speedup
+from planner.specs import PLAIN, DraftConfig, SparseKV, Workload, describe
+
+NUM_RUNNERS_UP = 3
+MAX_TIES = 5
+NEGLIGIBLE = 0.01  # relative difference that nobody should spend a measurement on
+
+
+def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, objective: Objective, memory_cap_bytes: int | None) -> Plan:
+    """The best configuration of a profile for a workload. Off is a candidate like any other.
+
+    BadInput if the profile does not cover the workload or nothing fits under the cap, plain decoding included.
+    """
+    models = fit_models(profile)
+    baseline = predict(models, PLAIN, workload)
+    if reason := refusal(models, baseline, workload, memory_cap_bytes):
+        raise BadInput(f"plain decoding alone {reason}; raise --memory-cap, shorten the context or use a smaller model")
+    feasible, rejected = [baseline], []
+    for config in candidates(models):
+        try:
+            prediction = with_speedup(predict(models, config, workload), baseline, objective)
+        except BadInput as error:
+            if config.drafter.kind == "none":
+                raise
+            rejected.append(Rejected(config=config, reason=str(error)))
+            continue
+        if reason := refusal(models, prediction, workload, memory_cap_bytes):
+            rejected.append(Rejected(config=config, reason=reason))
+        else:
+            feasible.append(prediction)
+    if len(feasible) == 1 and rejected and all(reject.reason == rejected[0].reason for reject in rejected):
+        raise BadInput(rejected[0].reason)  # not a single drafter was profiled for this workload
+
+    feasible.sort(key=lambda prediction: objective_s(prediction.estimate, objective))
+    chosen = feasible[0]
+    others = feasible[1:]
+    speculative = next((p for p in feasible if p.estimate.config.draft_len > 0), None)
+    return Plan(
+        planner_version=planner.__version__,
+        profile_sha256=profile_sha256,
+        model=profile.model,
+        target_fingerprint=profile.target_fingerprint,
+        device=profile.device.name,
+        dtype=profile.dtype,
+        source=profile.source,
+        workload=workload,
+        objective=objective,
+        memory_cap_bytes=memory_cap_bytes,
+        chosen=chosen.estimate.config,
+        estimate=chosen.estimate,
+        baseline=baseline.estimate,
+        speedup=chosen.estimate.speedup,
+        break_even_tokens_per_round=speculative.estimate.round_s.value / baseline.estimate.tpot_s.value if speculative else 1.0,
+        best_speculative=speculative.estimate.config if speculative else None,
+        runners_up=[p.estimate for p in others if p is not baseline][:NUM_RUNNERS_UP],
+        ties=find_ties(chosen, others, objective),
+        rejected=rejected,
+        num_candidates=len(feasible) + len(rejected),
+        latency_error=models.latency.error,
+        latency_form=models.latency.form,
+        seen_texts=sorted({f"{text.source}@{text.offset}+{text.extent}" for text in profile.texts}),
+        command=command(profile.model, chosen.estimate.config, workload),
+        notes=_notes(models, chosen),
+    )
+
+
+def candidates(models: Models) -> list[DraftConfig]:
+    """Every speculative configuration that the profile measured, at every draft_len up to its longest."""
+    longest = models.profile.max_draft_len
+    return [
+        DraftConfig(drafter=drafter, kv=kv, draft_len=draft_len)
+        for drafter in models.acceptance.drafters
+        for kv in models.acceptance.policies(drafter)
+        for draft_len in range(1, min(longest, models.latency.max_draft_len.get(drafter, longest)) + 1)
+    ]
+
+
+def find_ties(chosen: Prediction, others: list[Prediction], objective: Objective) -> list[Tie]:
+    """The configurations that cannot be told from the choice at 90 %, nearest first."""
+    ties = []
+    for other in others:
+        gap = difference(other, chosen, objective)
+        if gap.low > 0:
+            continue
+        ties.append(
+            Tie(
+                config=other.estimate.config,
+                difference=gap,
+                cost_of_being_wrong=max(0.0, 1 / (1 + gap.low) - 1),
+                settle=_what_settles(chosen, other, gap),
+            )
+        )
+    return ties[:MAX_TIES]
+
+
+def _what_settles(chosen: Prediction, other: Prediction, gap: Interval) -> str:
+    """The measurement that would tell two configurations apart, or that none is worth it."""
+    half = (gap.high - gap.low) / 2
+    if half < NEGLIGIBLE:
+        return f"nothing: they differ by less than {NEGLIGIBLE:.0%}, take either"
+    if text_share(other, chosen) > 0.5:
+        num_texts = max(chosen.estimate.num_texts, other.estimate.num_texts)
+        needed = num_texts * (half / max(abs(gap.value), NEGLIGIBLE)) ** 2
+        return f"profile about {max(num_texts + 1, math.ceil(needed))} texts instead of {num_texts} (--texts)"
+    return f"run them: planner check PLAN --epsilon {max(NEGLIGIBLE, abs(gap.value)):.0%}; the fit is no more certain than that"
+
+
+def command(model: str, config: DraftConfig, workload: Workload) -> str:
+    """The line to paste: the own runtime with the chosen setting."""
+    words = ["planner generate", f"--model {model}", f"--drafter {config.drafter.kind}"]
+    if isinstance(config.kv, SparseKV):
+        words += [f"--kv-budget {config.kv.budget}", f"--selection {config.kv.selection}"]
+        default = SparseKV(budget=config.kv.budget, selection=config.kv.selection)
+        words += [f"--sink {config.kv.sink}"] * (config.kv.sink != default.sink) + [f"--recent {config.kv.recent}"] * (
+            config.kv.recent != default.recent
+        )
+    if config.draft_len:
+        words += [f"--draft-len {config.draft_len}"]
+    sampler = workload.sampler
+    words += [f"--temperature {sampler.temperature:g}", *([f"--top-p {sampler.top_p:g}"] * (sampler.top_p < 1))]
+    words += [f"--top-k {sampler.top_k}"] * (sampler.top_k > 0) + [f"--max-new-tokens {workload.output_len}", "--prompt-file PROMPT.txt"]
+    return " ".join(words)
+
+
+def _notes(models: Models, chosen: Prediction) -> list[str]:
+    profile = models.profile
+    notes = list(chosen.estimate.notes) + list(profile.warnings)
+    if abs(models.latency.drift) > 0.05:
+        notes.append(
+            f"the machine drifted by {models.latency.drift:+.0%} during the profile: intervals include it; measure again on an idle machine for narrower ones"
+        )
+    if profile.source != "own runtime":
+        notes.append(f"latency was measured with {profile.source}: acceptance carries over to other engines, latency does not")
+    return notes

@@ -1,0 +1,208 @@
+"""What can be planned, as values: models, devices, KV policies, drafters, configurations, workloads.
+
+Frozen and checked once, where they are made. Sizes are bytes, times are seconds, lengths are tokens.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from planner.errors import BadInput
+
+Count = Annotated[int, Meta(ge=1, le=2**40)]
+Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes
+DType = Literal["float32", "float16", "bfloat16"]
+
+BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A frozen value that JSON can hold; unknown fields and wrong types are refused when it is read."""
+
+
+def checked(value):
+    """The value itself, after the range checks that msgspec makes only when it reads: for values that a user gave."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(value), type(value))
+    except msgspec.ValidationError as error:
+        raise BadInput(str(error)) from None
+
+
+class ModelSpec(Spec, kw_only=True):
+    """Shape of a decoder-only transformer of the Llama family."""
+
+    name: Annotated[str, Meta(max_length=500)]
+    architecture: Literal["llama"]
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    hidden_size: Count
+    intermediate_size: Count
+    vocab_size: Count
+    max_context_len: Count
+    rope_theta: Annotated[float, Meta(gt=0)]
+    rms_norm_eps: Annotated[float, Meta(gt=0)]
+    tie_embeddings: bool
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, tied embeddings counted once."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    def kv_bytes_per_token(self, dtype: DType) -> int:
+        """Keys and values of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * BYTES_PER_ELEMENT[dtype]
+
+
+class DeviceSpec(Spec, kw_only=True):
+    """The device something ran on."""
+
+    kind: Literal["cpu", "cuda"]
+    name: Annotated[str, Meta(max_length=500)]
+    memory_bytes: Size
+    num_cores: Count | None = None  # CPU threads in use; None on a GPU
+
+
+class FullKV(Spec, kw_only=True, tag_field="kind", tag="full"):
+    """Attend to every committed token."""
+
+    def resident(self, context_len: int) -> int:
+        """Tokens kept in memory."""
+        return context_len
+
+    def read(self, context_len: int) -> int:
+        """Tokens one step attends to."""
+        return context_len
+
+
+class SparseKV(Spec, kw_only=True, tag_field="kind", tag="sparse"):
+    """Attend to at most `budget` committed tokens per layer and KV head.
+
+    window  the first `sink` tokens and the most recent budget - sink (StreamingLLM, arXiv:2309.17453)
+    chunk   chunks of CHUNK_SIZE prompt tokens, the first always and the rest by the dot product of their
+            mean key with the last key (BudgetDraft, arXiv:2606.00144), and the `recent` tokens
+
+    Selection runs once, after prefill. The chosen set then stays; the recent window slides at commits.
+    """
+
+    budget: Annotated[int, Meta(ge=1, le=2**30)]
+    sink: Annotated[int, Meta(ge=0, le=2**30)] = 4
+    recent: Annotated[int, Meta(ge=1, le=2**30)] = 32
+    selection: Literal["window", "chunk"] = "window"
+
+    def __post_init__(self):
+        if self.budget < self.sink + self.recent:
+            raise ValueError(f"kv budget must hold sink + recent ({self.sink + self.recent} tokens), got {self.budget}; raise --kv-budget")
+        if self.selection == "chunk" and self.sink > CHUNK_SIZE:
+            raise ValueError(f"chunk selection keeps the first chunk ({CHUNK_SIZE} tokens) as sinks, got sink {self.sink}; lower it")
+        if self.selection == "chunk" and self.recent < CHUNK_SIZE:
+            raise ValueError(f"chunk selection needs recent >= {CHUNK_SIZE}, the partial last chunk lives there, got {self.recent}")
+        if self.selection == "chunk" and self.budget < self.recent + CHUNK_SIZE:
+            raise ValueError(f"kv budget must hold recent + one chunk ({self.recent + CHUNK_SIZE} tokens), got {self.budget}; raise --kv-budget")
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks kept, the first of the text included; what is left of the budget goes to the recent window."""
+        return (self.budget - self.recent) // CHUNK_SIZE if self.selection == "chunk" else 0
+
+    def num_fixed(self, context_len: int) -> int:
+        """Tokens that stay once chosen, after a prompt of `context_len`; the rest of the budget slides.
+
+        A prompt that fits into the budget is kept whole: nothing is selected, only the sinks are fixed.
+        """
+        if self.selection == "chunk" and context_len > self.budget:
+            return self.num_chunks * CHUNK_SIZE
+        return min(self.sink, context_len)
+
+    def resident(self, context_len: int) -> int:
+        """Tokens kept in memory."""
+        return min(self.budget, context_len)
+
+    def read(self, context_len: int) -> int:
+        """Tokens one step attends to."""
+        return min(self.budget, context_len)
+
+
+CHUNK_SIZE = 8  # BudgetDraft and TriForce both use 8
+
+KVPolicy = FullKV | SparseKV
+
+
+class DrafterSpec(Spec, kw_only=True):
+    """Who proposes. `none` means that no drafter is loaded: off, plain decoding."""
+
+    kind: Literal["none", "ngram", "self_sparse"]
+
+
+NO_DRAFTER = DrafterSpec(kind="none")
+
+
+class DraftConfig(Spec, kw_only=True):
+    """One setting of every knob."""
+
+    drafter: DrafterSpec
+    kv: KVPolicy = FullKV()  # what the drafter attends to; a drafter without a cache leaves it full
+    draft_len: Annotated[int, Meta(ge=0, le=1024)] = 0
+    tree: None = None  # chains only, so far
+
+    def __post_init__(self):
+        if (self.drafter.kind == "none") != (self.draft_len == 0):
+            raise ValueError(f"draft_len must be 0 without a drafter and at least 1 with one, got {self.draft_len} with {self.drafter.kind}")
+        if isinstance(self.kv, SparseKV) != (self.drafter.kind == "self_sparse"):
+            raise ValueError(
+                f"a kv budget goes with drafter self_sparse and with no other, got drafter {self.drafter.kind} with {describe_kv(self.kv)}"
+            )
+
+
+PLAIN = DraftConfig(drafter=NO_DRAFTER)
+
+
+class Sampler(Spec, kw_only=True):
+    """How logits become a token. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**30)] = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class Workload(Spec, kw_only=True):
+    """What the planned deployment will be asked for: one stream of requests of one shape."""
+
+    context_len: Count  # prompt tokens, --isl
+    output_len: Annotated[int, Meta(ge=2, le=2**30)]  # generated tokens, --osl
+    sampler: Sampler
+
+
+def describe_kv(kv: KVPolicy) -> str:
+    """A policy in a few words."""
+    return "full kv" if isinstance(kv, FullKV) else f"{kv.selection} {kv.budget}"
+
+
+def describe(config: DraftConfig) -> str:
+    """A configuration in a few words, as tables show it."""
+    if config.draft_len == 0:
+        return "off"
+    kv = f" {describe_kv(config.kv)}" if isinstance(config.kv, SparseKV) else ""
+    return f"{config.drafter.kind}{kv} K={config.draft_len}"
+
+
+def describe_sampler(sampler: Sampler) -> str:
+    """A sampler in a few words."""
+    parts = ["greedy" if sampler.greedy else f"temperature {sampler.temperature:g}"]
+    parts += [f"top_p {sampler.top_p:g}"] * (sampler.top_p < 1) + [f"top_k {sampler.top_k}"] * (sampler.top_k > 0)
+    return " ".join(parts)

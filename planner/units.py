@@ -1,0 +1,52 @@
+"""Bytes, seconds and lists as people write them. Inside the package everything is bytes and seconds."""
+
+import math
+import re
+
+from planner.errors import BadInput
+
+BYTES_PER_UNIT = {"B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
+GIB = BYTES_PER_UNIT["GiB"]
+MAX_NUMBER = 2**40  # larger than any length, share or temperature that means something; also keeps NaN out
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in "24GiB", "800 MB" or "1e9B"; GiB is 2^30, GB is 10^9. A bare number is refused."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    if match is None or match[2] not in BYTES_PER_UNIT:
+        raise BadInput(f"a size needs a number and a unit ({', '.join(BYTES_PER_UNIT)}), got {text!r}; write for example 24GiB")
+    try:
+        size = float(match[1]) * BYTES_PER_UNIT[match[2]]
+    except ValueError:
+        size = math.nan
+    if not (math.isfinite(size) and size >= 1):
+        raise BadInput(f"a size must be a positive number of bytes, got {text!r}")
+    return int(size)
+
+
+def parse_share(text: str) -> float:
+    """A fraction in (0, 1) from "3%" or "0.03"."""
+    number = text.strip()
+    try:
+        share = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise BadInput(f"a share must lie between 0 and 100 %, got {text!r}; write for example 3%")
+    return share
+
+
+def parse_numbers(text: str, kind: type, name: str) -> list:
+    """The comma-separated numbers of a flag, in the order given, each once."""
+    try:
+        values = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = []
+    if not values or not all(abs(value) <= MAX_NUMBER for value in values):
+        raise BadInput(f"{name} takes comma-separated {'whole numbers' if kind is int else 'numbers'}, got {text[:80]!r}")
+    return list(dict.fromkeys(values))
+
+
+def format_bytes(size: float) -> str:
+    """A size for people, in GiB from 0.1 GiB up, else in MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

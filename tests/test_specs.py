@@ -1,0 +1,340 @@
+"""Specs check themselves where they are made and where they are read, and come back from JSON as they were.
+
+Rules between fields hold in Python and in JSON alike; the ranges of single fields (Meta) are msgspec's and hold on reading.
+"""
+
+import msgspec
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from planner.specs import (
+    BYTES_PER_ELEMENT,
+    CHUNK_SIZE,
+    NO_DRAFTER,
+    PLAIN,
+    DeviceSpec,
+    DraftConfig,
+    DrafterSpec,
+    FullKV,
+    KVPolicy,
+    ModelSpec,
+    Sampler,
+    SparseKV,
+    Workload,
+    describe,
+    describe_kv,
+    describe_sampler,
+)
+
+seeded = settings(derandomize=True, deadline=None)
+
+SELF_SPARSE = DrafterSpec(kind="self_sparse")
+NGRAM = DrafterSpec(kind="ngram")
+
+SMOLLM2 = ModelSpec(  # DESIGN.md, section 9; its config.json
+    name="SmolLM2-135M-Instruct",
+    architecture="llama",
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    hidden_size=576,
+    intermediate_size=1536,
+    vocab_size=49_152,
+    max_context_len=8192,
+    rope_theta=1e5,
+    rms_norm_eps=1e-5,
+    tie_embeddings=True,
+)
+
+CONFIGS = [
+    PLAIN,
+    DraftConfig(drafter=NGRAM, draft_len=4),
+    DraftConfig(drafter=NGRAM, draft_len=4, kv=FullKV()),
+    DraftConfig(drafter=SELF_SPARSE, draft_len=1024, kv=SparseKV(budget=64)),
+    DraftConfig(drafter=SELF_SPARSE, draft_len=3, kv=SparseKV(budget=513, sink=0, recent=9, selection="chunk")),
+]
+
+
+@st.composite
+def sparse_policies(draw) -> SparseKV:
+    selection = draw(st.sampled_from(["window", "chunk"]))
+    sink = draw(st.integers(0, 40))
+    recent = draw(st.integers(CHUNK_SIZE if selection == "chunk" else 1, 80))
+    least = max(sink + recent, recent + CHUNK_SIZE if selection == "chunk" else 1)
+    return SparseKV(budget=least + draw(st.integers(0, 300)), sink=sink, recent=recent, selection=selection)
+
+
+def read(value: object, into: type):
+    """`value`, plain dicts and all, as it comes back from JSON."""
+    return msgspec.json.decode(msgspec.json.encode(value), type=into)
+
+
+# ------------------------------------------------------------------ models and devices
+
+
+def test_smollm2_keeps_23040_bytes_per_token_in_16_bit():
+    assert SMOLLM2.kv_bytes_per_token("bfloat16") == SMOLLM2.kv_bytes_per_token("float16") == 23_040
+    assert SMOLLM2.kv_bytes_per_token("float32") == 46_080
+
+
+def test_smollm2_has_134_515_008_parameters():
+    assert SMOLLM2.num_parameters == 134_515_008  # as its safetensors file counts them
+
+
+def test_untied_embeddings_are_counted_twice():
+    untied = msgspec.structs.replace(SMOLLM2, tie_embeddings=False)
+    assert untied.num_parameters - SMOLLM2.num_parameters == SMOLLM2.vocab_size * SMOLLM2.hidden_size
+
+
+@seeded
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 128), st.sampled_from(sorted(BYTES_PER_ELEMENT)))
+def test_kv_bytes_grow_in_proportion_to_each_dimension(num_layers, num_kv_heads, half_dim, dtype):
+    shape = {"num_layers": num_layers, "num_heads": num_kv_heads, "num_kv_heads": num_kv_heads, "head_dim": 2 * half_dim}
+
+    def kv_bytes(**changes) -> int:
+        return msgspec.structs.replace(SMOLLM2, **(shape | changes)).kv_bytes_per_token(dtype)
+
+    assert kv_bytes(num_layers=3 * num_layers) == 3 * kv_bytes()
+    assert kv_bytes(num_heads=2 * num_kv_heads, num_kv_heads=2 * num_kv_heads) == 2 * kv_bytes()
+    assert kv_bytes(head_dim=4 * half_dim) == 2 * kv_bytes()
+    assert kv_bytes(num_heads=5 * num_kv_heads) == kv_bytes()  # query heads keep nothing
+
+
+def test_heads_that_do_not_divide_are_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="multiple of num_kv_heads, got 9 and 4"):
+        msgspec.structs.replace(SMOLLM2, num_kv_heads=4)
+    with pytest.raises(ValueError, match="head_dim must be even .* got 63"):
+        msgspec.structs.replace(SMOLLM2, head_dim=63)
+
+
+# ------------------------------------------------------------------ KV policies
+
+
+@seeded
+@given(st.integers(0, 2**20))
+def test_full_kv_keeps_and_reads_everything(context_len):
+    assert FullKV().resident(context_len) == FullKV().read(context_len) == context_len
+
+
+@seeded
+@given(sparse_policies(), st.integers(0, 1000))
+def test_a_sparse_cache_holds_at_most_the_context_and_the_budget(kv, context_len):
+    assert kv.resident(context_len) == min(kv.budget, context_len)
+    assert 0 <= kv.read(context_len) <= kv.resident(context_len)
+
+
+@seeded
+@given(sparse_policies(), st.integers(0, 1000), st.integers(0, 1000))
+def test_a_longer_context_never_keeps_less(kv, context_len, more):
+    assert kv.resident(context_len) <= kv.resident(context_len + more)
+    assert kv.num_fixed(context_len) <= kv.resident(context_len)
+
+
+@seeded
+@given(sparse_policies(), st.integers(1, 1000))
+def test_beyond_the_budget_the_fixed_and_the_sliding_part_fill_it(kv, beyond):
+    context_len = kv.budget + beyond
+    # window: all but the sinks slides; chunk: the recent window, and what does not make a whole chunk
+    sliding = kv.budget - kv.sink if kv.selection == "window" else kv.recent + (kv.budget - kv.recent) % CHUNK_SIZE
+    assert kv.num_fixed(context_len) + sliding == kv.budget == kv.resident(context_len)
+    assert sliding >= kv.recent
+
+
+@seeded
+@given(sparse_policies(), st.integers(1, 1000))
+def test_there_are_enough_whole_chunks_before_the_sliding_window_to_choose_from(kv, beyond):
+    assume(kv.selection == "chunk")
+    context_len = kv.budget + beyond
+    sliding = kv.budget - kv.num_fixed(context_len)
+    assert 1 <= kv.num_chunks <= (context_len - sliding) // CHUNK_SIZE
+
+
+@seeded
+@given(sparse_policies(), st.data())
+def test_a_prompt_within_the_budget_fixes_only_its_sinks(kv, data):
+    context_len = data.draw(st.integers(0, kv.budget))
+    assert kv.num_fixed(context_len) == min(kv.sink, context_len)
+
+
+def test_a_window_has_no_chunks():
+    assert SparseKV(budget=512).num_chunks == 0
+    assert SparseKV(budget=512, selection="chunk").num_chunks == (512 - 32) // 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": 8}, r"kv budget must hold sink \+ recent \(36 tokens\), got 8; raise --kv-budget"),
+        ({"budget": 35}, r"\(36 tokens\), got 35"),
+        ({"budget": 99, "sink": 20, "recent": 80}, r"\(100 tokens\), got 99"),
+        ({"budget": 64, "sink": 0, "recent": 7, "selection": "chunk"}, "chunk selection needs recent >= 8, .* got 7"),
+        ({"budget": 39, "sink": 4, "selection": "chunk"}, r"recent \+ one chunk \(40 tokens\), got 39; raise --kv-budget"),
+    ],
+)
+def test_a_budget_too_small_is_refused_with_the_numbers(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SparseKV(**fields)
+    with pytest.raises(msgspec.ValidationError, match=message):
+        read({"kind": "sparse", **fields}, KVPolicy)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"budget": 36},
+        {"budget": 1, "sink": 0, "recent": 1},
+        {"budget": 40, "selection": "chunk"},
+        {"budget": 16, "sink": 0, "recent": 8, "selection": "chunk"},
+    ],
+)
+def test_the_smallest_budgets_are_accepted(fields):
+    assert read(SparseKV(**fields), KVPolicy) == SparseKV(**fields)
+
+
+# ------------------------------------------------------------------ configurations
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"drafter": NO_DRAFTER, "draft_len": 4}, "draft_len must be 0 for off and at least 1 otherwise, got 4 with off"),
+        ({"drafter": NGRAM, "draft_len": 0}, "got 0 with ngram"),
+        ({"drafter": NGRAM}, "got 0 with ngram"),
+        ({"drafter": SELF_SPARSE, "kv": SparseKV(budget=64)}, "got 0 with self_sparse"),
+        ({"drafter": SELF_SPARSE, "draft_len": 4}, "a kv budget goes with drafter self_sparse .* got drafter self_sparse with full kv"),
+        ({"drafter": NGRAM, "draft_len": 4, "kv": SparseKV(budget=64)}, "got drafter ngram with window 64"),
+        ({"drafter": NO_DRAFTER, "kv": SparseKV(budget=64, selection="chunk")}, "got drafter off with chunk 64"),
+    ],
+)
+def test_configurations_that_contradict_themselves_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DraftConfig(**fields)
+    with pytest.raises(msgspec.ValidationError, match=message):
+        read(fields, DraftConfig)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=describe)
+def test_a_configuration_comes_back_from_json_as_it_was(config):
+    again = read(config, DraftConfig)
+    assert again == config
+    assert type(again.kv) is type(config.kv)
+    assert hash(again) == hash(config)
+
+
+@seeded
+@given(sparse_policies(), st.integers(1, 1024))
+def test_any_sparse_configuration_comes_back_from_json(kv, draft_len):
+    config = DraftConfig(drafter=SELF_SPARSE, kv=kv, draft_len=draft_len)
+    assert read(config, DraftConfig) == config
+
+
+def test_the_policy_is_named_in_json():
+    assert msgspec.to_builtins(CONFIGS[1])["kv"] == {"kind": "full"}
+    assert msgspec.to_builtins(CONFIGS[3])["kv"]["kind"] == "sparse"
+
+
+def test_plain_decoding_is_the_default_of_every_knob():
+    assert DraftConfig(drafter=NO_DRAFTER) == PLAIN
+    assert (PLAIN.kv, PLAIN.draft_len, PLAIN.tree) == (FullKV(), 0, None)
+
+
+def test_configurations_are_told_apart():
+    assert len({*CONFIGS}) == len(CONFIGS) - 1  # the second and the third are one
+    assert len({describe(config) for config in {*CONFIGS}}) == len(CONFIGS) - 1
+
+
+def test_a_spec_cannot_be_changed():
+    with pytest.raises((AttributeError, TypeError)):
+        PLAIN.draft_len = 3
+
+
+# ------------------------------------------------------------------ what is read is checked
+
+DEVICE = DeviceSpec(kind="cpu", name="a laptop", memory_bytes=16 * 2**30, num_cores=2)
+WORKLOAD = Workload(context_len=4096, output_len=256, sampler=Sampler(temperature=0.8, top_p=0.95, top_k=50))
+
+
+@pytest.mark.parametrize(
+    "spec", [SMOLLM2, DEVICE, FullKV(), SparseKV(budget=64), NGRAM, PLAIN, Sampler(), WORKLOAD], ids=lambda spec: type(spec).__name__
+)
+def test_every_spec_comes_back_from_json_and_refuses_unknown_fields(spec):
+    assert read(spec, type(spec)) == spec
+    with pytest.raises(msgspec.ValidationError, match="unknown field `kv_budgets`"):
+        read(msgspec.to_builtins(spec) | {"kv_budgets": 64}, type(spec))
+
+
+def test_an_unknown_field_inside_a_configuration_is_refused():
+    fields = msgspec.to_builtins(CONFIGS[3])
+    fields["kv"]["budgets"] = [64]
+    with pytest.raises(msgspec.ValidationError, match=r"unknown field `budgets`"):
+        read(fields, DraftConfig)
+
+
+@pytest.mark.parametrize(
+    ("spec", "field", "value"),
+    [
+        (SMOLLM2, "num_layers", 0),
+        (SMOLLM2, "num_layers", 30.5),
+        (SMOLLM2, "num_kv_heads", 0),
+        (SMOLLM2, "rope_theta", 0),
+        (SMOLLM2, "architecture", "gpt2"),
+        (SMOLLM2, "tie_embeddings", 1),
+        (DEVICE, "kind", "tpu"),
+        (DEVICE, "memory_bytes", -1),
+        (DEVICE, "memory_bytes", "16GiB"),
+        (SparseKV(budget=64), "budget", 0),
+        (SparseKV(budget=64), "budget", None),
+        (SparseKV(budget=64), "budget", True),
+        (SparseKV(budget=64), "sink", -1),
+        (SparseKV(budget=64), "recent", 0),
+        (SparseKV(budget=64), "selection", "snapkv"),
+        (NGRAM, "kind", "eagle3"),
+        (CONFIGS[1], "draft_len", 1025),
+        (CONFIGS[1], "draft_len", -1),
+        (CONFIGS[1], "kv", None),
+        (CONFIGS[1], "kv", {"kind": "none"}),
+        (CONFIGS[1], "tree", {}),
+        (Sampler(), "temperature", -0.1),
+        (Sampler(), "top_p", 0),
+        (Sampler(), "top_p", 1.01),
+        (Sampler(), "top_k", -1),
+        (WORKLOAD, "context_len", 0),
+        (WORKLOAD, "output_len", 1),
+    ],
+)
+def test_a_value_out_of_range_is_refused_on_reading(spec, field, value):
+    with pytest.raises(msgspec.ValidationError, match=rf"\$\.{field}"):
+        read(msgspec.to_builtins(spec) | {field: value}, type(spec))
+
+
+@pytest.mark.parametrize("spec", [SMOLLM2, DEVICE, SparseKV(budget=64), NGRAM, PLAIN, WORKLOAD], ids=lambda spec: type(spec).__name__)
+def test_a_missing_field_is_refused(spec):
+    fields = msgspec.to_builtins(spec)
+    required = next(field.name for field in msgspec.structs.fields(spec) if field.required)
+    del fields[required]
+    with pytest.raises(msgspec.ValidationError, match=f"missing required field `{required}`"):
+        read(fields, type(spec))
+
+
+# ------------------------------------------------------------------ in a few words
+
+
+def test_configurations_and_policies_in_a_few_words():
+    assert [describe(config) for config in CONFIGS] == ["off", "ngram K=4", "ngram K=4", "self_sparse window 64 K=1024", "self_sparse chunk 513 K=3"]
+    assert describe_kv(FullKV()) == "full kv"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "words"),
+    [
+        (Sampler(), "greedy"),
+        (Sampler(temperature=1.0), "temperature 1"),
+        (Sampler(temperature=0.8, top_p=0.95), "temperature 0.8 top_p 0.95"),
+        (Sampler(temperature=0.8, top_p=0.95, top_k=50), "temperature 0.8 top_p 0.95 top_k 50"),
+    ],
+)
+def test_samplers_in_a_few_words(sampler, words):
+    assert describe_sampler(sampler) == words
+    assert sampler.greedy == (words == "greedy")
