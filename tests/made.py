@@ -37,11 +37,12 @@ def made_profile(
     draft_lens: Sequence[int] = (1, 4),  # timed
     rounds_per_cell: int = 6,
     noise: float = 0.0,  # relative standard deviation of the timings
+    noise_seed: int = 0,
     distinct_4grams: float = 1.0,
     **changes,  # any field of Profile
 ) -> Profile:
     """The texts of a context and sampler are numbered 0, 1, .. for `accept`; every text is replayed with every drafter."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(noise_seed)
     starts = output_len - 1
 
     def times(seconds: float) -> list[float]:

@@ -77,12 +77,9 @@ def show_plan(plan: Plan, path: str | Path | None) -> None:
     console = _console()
     workload = plan.workload
     cap = "no memory cap" if plan.memory_cap_bytes is None else f"memory cap {format_bytes(plan.memory_cap_bytes)}"
-    _title(
-        console,
-        f"Plan for {clean(plan.model)} ({clean(plan.dtype)}) on {clean(plan.device)}: "
-        f"context {workload.context_len}, output {workload.output_len}, {describe_sampler(workload.sampler)}; "
-        f"objective {OBJECTIVE_NAMES[plan.objective]}; {cap}",
-    )
+    shape = f"context {workload.context_len}, output {workload.output_len}, {describe_sampler(workload.sampler)}"
+    objective = f"objective {OBJECTIVE_NAMES[plan.objective]}"
+    _title(console, f"Plan for {clean(plan.model)} ({clean(plan.dtype)}) on {clean(plan.device)}: {shape}; {objective}; {cap}")
     ties = [tie.config for tie in plan.ties]
     estimates = [plan.baseline]
     for estimate in [plan.estimate, *plan.runners_up]:
@@ -205,10 +202,8 @@ def show_sweep(sweep: Sweep, path: str | Path | None) -> None:
     console = _console()
     show_warnings(sweep.warnings)
     workload = sweep.workload
-    _title(
-        console,
-        f"Sweep of {clean(sweep.model)}: context {workload.context_len}, output {workload.output_len}, {describe_sampler(workload.sampler)}; all measured",
-    )
+    shape = f"context {workload.context_len}, output {workload.output_len}, {describe_sampler(workload.sampler)}"
+    _title(console, f"Sweep of {clean(sweep.model)}: {shape}; all measured")
     cells = sorted(sweep.cells, key=lambda cell: (cell.config.draft_len > 0, cell.measured_tpot_s.value))
 
     def role(cell: SweepCell) -> str:
@@ -224,6 +219,12 @@ def show_sweep(sweep: Sweep, path: str | Path | None) -> None:
     ]
     _show_table(console, keys, groups, cells, lambda cell: "bold" if role(cell) else "")
     _lines(console, [("Minutes", f"{sweep.minutes:.1f} for {len(cells)} configurations"), *_saved(path)])
+
+
+def show_files(files: Sequence[Path], minutes: float) -> None:
+    """What a run wrote, and how long it took."""
+    console = _console()
+    _lines(console, [("Files", "  ".join(clean(file) for file in files)), ("Took", f"{minutes:.1f} minutes")])
 
 
 def show_generation_stats(*, num_tokens: int, num_rounds: int, decode_s: float, ttft_s: float) -> None:

@@ -46,20 +46,25 @@ def exact(value: float) -> Interval:
 def an_estimate(config: DraftConfig = CHOICE, tpot_s: float = 0.0321, speedup: float = 1.634, notes: tuple[str, ...] = ()) -> Estimate:
     plain = config.draft_len == 0
     return Estimate(
-        config=config, tokens_per_round=exact(1) if plain else around(2.871), round_s=around(tpot_s * 2.871), tpot_s=around(tpot_s), ttft_s=around(1.234),
-        e2e_s=around(1.234 + 255 * tpot_s), memory_bytes=around(3.21 * GIB), speedup=exact(1) if plain else around(speedup), sd_rounds_per_token=0.123,
+        config=config, tokens_per_round=exact(1) if plain else around(2.871), round_s=around(tpot_s * 2.871), tpot_s=around(tpot_s),
+        ttft_s=around(1.234),
+        e2e_s=around(1.234 + 255 * tpot_s), memory_bytes=around(3.21 * GIB), speedup=exact(1) if plain else around(speedup),
+        sd_rounds_per_token=0.123,
         num_texts=0 if plain else 16, notes=list(notes),
     )  # fmt: skip
 
 
 def a_plan(**changes) -> Plan:
     value = Plan(
-        planner_version="0.1.0", profile_sha256="0123456789abcdef" * 4, model="smollm2", target_fingerprint="f" * 16, device="NVIDIA L4", dtype="bfloat16",
+        planner_version="0.1.0", profile_sha256="0123456789abcdef" * 4, model="smollm2", target_fingerprint="f" * 16, device="NVIDIA L4",
+        dtype="bfloat16",
         source="own runtime", workload=WORKLOAD, objective="e2e", memory_cap_bytes=22 * GIB, chosen=CHOICE,
         estimate=an_estimate(notes=["context 2048 interpolated between 1024 and 4096"]), baseline=an_estimate(PLAIN, 0.0531), speedup=around(1.634),
         break_even_tokens_per_round=1.757, best_speculative=CHOICE,
         runners_up=[an_estimate(TIED, 0.0325, 1.61), an_estimate(LOOKUP, 0.0402, 1.31)],
-        ties=[Tie(config=TIED, difference=Interval(value=0.0123, low=-0.0084, high=0.033), cost_of_being_wrong=0.0085, settle="profile about 40 texts")],
+        ties=[
+            Tie(config=TIED, difference=Interval(value=0.0123, low=-0.0084, high=0.033), cost_of_being_wrong=0.0085, settle="profile about 40 texts"),
+        ],
         rejected=[Rejected(config=LOOKUP, reason=f"needs 25.{i} GiB of 22.00 GiB; the largest kv_budget that fits is 512") for i in range(5)],
         num_candidates=97, latency_error=0.0312, latency_form="affine in tokens and context", seen_texts=[],
         command="planner generate --model smollm2 --drafter self_sparse --kv-budget 1024 --selection window --draft-len 12 --prompt-file PROMPT.txt",
@@ -70,13 +75,15 @@ def a_plan(**changes) -> Plan:
 
 def a_trial(config: DraftConfig) -> Trial:
     return Trial(
-        config=config, text="a.txt", output_len=4, prefill_s=1.0, start_s=0.1, decode_s=0.3, drafted=[2], accepted=[2], round_s=[0.3], cache_bytes=1, peak_bytes=2,
+        config=config, text="a.txt", output_len=4, prefill_s=1.0, start_s=0.1, decode_s=0.3, drafted=[2], accepted=[2], round_s=[0.3],
+        cache_bytes=1, peak_bytes=2,
     )  # fmt: skip
 
 
 def an_environment(**changes) -> Environment:
     value = Environment(
-        date="2026-01-02T03:04:05+00:00", planner_version="0.1.0", python="3.12.1", torch="2.9.0", platform="Linux", num_threads=2, busy_share=0.25, load_1min=1.5,
+        date="2026-01-02T03:04:05+00:00", planner_version="0.1.0", python="3.12.1", torch="2.9.0", platform="Linux", num_threads=2, busy_share=0.25,
+        load_1min=1.5,
         gpu={"driver": "550.1", "power_cap_w": 72.0},
     )  # fmt: skip
     return msgspec.structs.replace(value, **changes)
@@ -141,15 +148,18 @@ def a_profile(**changes) -> Profile:
     def rounds(config, draft_ms, role="cell"):
         n = 3
         return RoundSample(
-            drafter=config.drafter, kv=config.kv, draft_len=config.draft_len, context_len=2048, role=role, position=[2048] * n, drafted=[config.draft_len] * n,
+            drafter=config.drafter, kv=config.kv, draft_len=config.draft_len, context_len=2048, role=role, position=[2048] * n,
+            drafted=[config.draft_len] * n,
             draft_s=[draft_ms / 1e3] * n, verify_s=[0.050, 0.0512, 0.090], commit_s=[0.001] * n, warmup_s=[], start_s=[0.0402],
         )  # fmt: skip
 
     value = Profile(
-        model="smollm2", target_fingerprint="f" * 16, weights_bytes=2 * GIB, dtype="bfloat16", execution_mode="eager", seed=0, contexts=[2048], samplers=[WARM],
+        model="smollm2", target_fingerprint="f" * 16, weights_bytes=2 * GIB, dtype="bfloat16", execution_mode="eager", seed=0, contexts=[2048],
+        samplers=[WARM],
         max_draft_len=2, texts=texts, acceptance=samples, rounds=[rounds(CHOICE, 23.4), rounds(PLAIN, 0.0), rounds(CHOICE, 24.9, "drift")],
         target=ModelSpec(
-            name="tiny", architecture="llama", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32, intermediate_size=48, vocab_size=61,
+            name="tiny", architecture="llama", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32, intermediate_size=48,
+            vocab_size=61,
             max_context_len=4096, rope_theta=1e4, rms_norm_eps=1e-5, tie_embeddings=True,
         ),
         device=DeviceSpec(kind="cpu", name="Some CPU", memory_bytes=8 * GIB, num_cores=2), environment=an_environment(),
@@ -221,9 +231,11 @@ def test_a_plan_shows_its_figures(capsys, width):
     assert cells(out, CHOICE).startswith("choice") and cells(out, TIED).startswith("tie") and cells(out, LOOKUP).startswith("ngram")
     flat = " ".join(out.split())
     for sentence in (
-        "smollm2 (bfloat16) on NVIDIA L4: context 2048, output 256, temperature 0.8 top_p 0.95 top_k 50; objective end-to-end time; memory cap 22.00 GiB",
+        "smollm2 (bfloat16) on NVIDIA L4: context 2048, output 256, temperature 0.8 top_p 0.95 top_k 50;",
+        "objective end-to-end time; memory cap 22.00 GiB",
         "1.63 [1.57, 1.70] times as fast as plain decoding", "pays above 1.76 tokens per round; predicted 2.87 [2.76, 2.99]",
-        "self_sparse chunk 512 K=4 costs +1.2 [-0.8, +3.3] %", "profile about 40 texts", "and 4 like it: needs 25.0 GiB", "interpolated", "drifted by +7%",
+        "self_sparse chunk 512 K=4 costs +1.2 [-0.8, +3.3] %", "profile about 40 texts", "and 4 like it: needs 25.0 GiB", "interpolated",
+        "drifted by +7%",
         "3.1 % rms", "sha256 0123456789ab,", "plan.json",
     ):  # fmt: skip
         assert sentence in flat
@@ -256,8 +268,10 @@ def test_a_check_keeps_predicted_and_measured_apart(capsys, width):
     cell = next(cell for cell in check.cells if cell.role == "baseline")
     row = cells(out, PLAIN)
     for figure in (
-        shown(cell.predicted.tpot_s, 1e3, 1), shown(cell.measured_tpot_s, 1e3, 1), shown(cell.predicted.round_s, 1e3, 1), f"{1e3 * cell.measured_round_s:.1f}",
-        shown(cell.expected_tokens_per_round, 1, 2), "2.75", "3.21 [3.08, 3.34] GiB", "3.11 GiB", "+4.5 [+1.0, +8.0]", shown(cell.predicted.e2e_s, 1, 1),
+        shown(cell.predicted.tpot_s, 1e3, 1), shown(cell.measured_tpot_s, 1e3, 1), shown(cell.predicted.round_s, 1e3, 1),
+        f"{1e3 * cell.measured_round_s:.1f}",
+        shown(cell.expected_tokens_per_round, 1, 2), "2.75", "3.21 [3.08, 3.34] GiB", "3.11 GiB", "+4.5 [+1.0, +8.0]",
+        shown(cell.predicted.e2e_s, 1, 1),
         shown(cell.measured_e2e_s, 1, 1),
     ):  # fmt: skip
         assert figure in row
@@ -534,8 +548,9 @@ def test_progress_leaves_stdout_alone(monkeypatch):
     with terminal.progress("profile") as progress:
         progress.stage("[red]latency\x1b[31m", 3)
         terminal.write_text("answer")
+        terminal.print_json({})
         terminal.show_warnings(["[b]hot"])
-    assert out.getvalue() == "answer" and "[red]latency[31m" in tty.getvalue() and "[b]hot" in tty.getvalue()
+    assert out.getvalue() == "answer{}\n" and "[red]latency[31m" in tty.getvalue() and "[b]hot" in tty.getvalue()
 
 
 def test_an_interrupt_gives_the_terminal_back(monkeypatch):

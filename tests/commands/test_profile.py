@@ -1,0 +1,161 @@
+"""The whole way on a real model, tiny: profile, save, load, plan, check, and a sweep that is interrupted and resumed."""
+
+import math
+import pydoc_data.topics
+from collections import Counter
+
+import msgspec
+import pytest
+
+import planner
+from planner.commands.profile import Settings
+from planner.files import journal_path
+from planner.measurements import load_profile, save_profile
+from planner.plans import load_plan, save_plan
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, Workload
+
+pytestmark = pytest.mark.model
+
+MODEL = "smollm2"
+POLICIES = [SparseKV(budget=budget, sink=4, recent=8, selection=selection) for selection in ("window", "chunk") for budget in (40, 64)]
+SETTINGS = Settings(
+    contexts=[96], samplers=[Sampler(temperature=0.0), Sampler(temperature=1.0)], policies=POLICIES, max_draft_len=2, num_texts=4, output_len=24
+)  # fmt: skip
+SELF_SPARSE = DrafterSpec(kind="self_sparse")
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Listener:
+    """Counts what a progress bar would show, and can raise after so many steps of a stage."""
+
+    def __init__(self, stop_in: str | None = None, after: int = 0):
+        self.stages, self.done = {}, Counter()
+        self._stop_in, self._after = stop_in, after
+
+    def stage(self, name: str, total: int) -> None:
+        self.now, self.stages[name] = name, total
+
+    def advance(self, n: int = 1) -> None:
+        self.done[self.now] += n
+        if self.now == self._stop_in and self.done[self.now] >= self._after:
+            raise Interrupted
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Two files of prose that every Python carries."""
+    pytest.importorskip("torch")
+    from planner.runtime.weights import default_model_path
+
+    try:
+        default_model_path()
+    except (planner.errors.PlannerError, ImportError, OSError) as error:
+        pytest.skip(f"the default model is absent: {error}")
+    folder = tmp_path_factory.mktemp("texts")
+    topics = sorted(pydoc_data.topics.topics)
+    for name, part in (("first.txt", topics[:6]), ("second.txt", topics[6:12])):
+        (folder / name).write_text("\n\n".join(pydoc_data.topics.topics[topic] for topic in part)[:12_000], encoding="utf-8")
+    return [str(folder)]
+
+
+@pytest.fixture(scope="module")
+def measured(dataset, tmp_path_factory):
+    """A profile that was measured, and the file it was saved in."""
+    listener = Listener()
+    profile = planner.profile(MODEL, dataset, settings=SETTINGS, dtype="float32", device="cpu", progress=listener)
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    save_profile(profile, path)
+    return profile, path, listener
+
+
+@pytest.fixture(scope="module")
+def planned(measured, tmp_path_factory):
+    _, path, _ = measured
+    plan = planner.plan(path, temperature=1.0, output_len=24, objective="tpot")
+    out = tmp_path_factory.mktemp("plan") / "plan.json"
+    save_plan(plan, out)
+    return plan, out
+
+
+def test_a_profile_is_complete_and_survives_the_disk(measured):
+    profile, path, listener = measured
+    assert load_profile(path) == profile
+    assert len(profile.texts) == 4 * 2 and len(profile.acceptance) == len(profile.texts) * (len(POLICIES) + 1)
+    assert {sample.kv for sample in profile.acceptance if sample.drafter == SELF_SPARSE} == set(POLICIES)
+    assert not profile.failures
+    assert all(listener.done[name] == total for name, total in listener.stages.items())
+    drift = [sample for sample in profile.rounds if sample.role == "drift"]
+    assert len(drift) == 1 and drift[0].draft_len == 0
+
+
+def test_every_text_of_a_profile_is_a_stretch_of_its_own(measured):
+    profile, _, _ = measured
+    for sampler in profile.samplers:
+        own = [text for text in profile.texts if text.sampler == sampler]
+        assert len({(text.source, text.offset) for text in own}) == len(own) == 4
+
+
+def test_a_plan_comes_out_of_a_real_profile(planned):
+    plan, out = planned
+    assert load_plan(out) == plan
+    assert plan.num_candidates == 1 + 2 * (len(POLICIES) + 1)
+    assert plan.estimate.tpot_s.value <= plan.baseline.tpot_s.value
+    assert all(math.isfinite(x) and x > 0 for x in (plan.estimate.tpot_s.low, plan.estimate.tpot_s.high))
+
+
+def test_a_sampler_that_was_not_profiled_is_refused(measured):
+    with pytest.raises(planner.errors.BadInput, match="profiled for greedy; temperature 1"):
+        planner.plan(measured[1], temperature=0.5)
+
+
+def test_a_check_runs_the_choice_beside_off_on_unseen_texts(planned, dataset):
+    plan, out = planned
+    listener = Listener()
+    found = planner.check(out, dataset, num_texts=2, device="cpu", progress=listener)
+    assert listener.done["check"] == listener.stages["check"] == 2 * len(found.cells)
+    assert {cell.config for cell in found.cells} == {PLAIN, plan.chosen, *(estimate.config for estimate in plan.runners_up)}
+    for cell in found.cells:
+        assert len(cell.trials) == 2
+        for trial in cell.trials:
+            source, _, stretch = trial.text.rpartition("@")
+            begin, length = map(int, stretch.split("+"))
+            for seen in plan.seen_texts:
+                other, _, rest = seen.rpartition("@")
+                start, extent = map(int, rest.split("+"))
+                assert source != other or begin + length <= start or start + extent <= begin
+            assert sum(trial.accepted) + len(trial.accepted) == trial.output_len - 1
+    assert found.regret.low <= found.regret.value <= found.regret.high
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(dataset, tmp_path):
+    configs = [DraftConfig(drafter=SELF_SPARSE, kv=POLICIES[0], draft_len=k) for k in (1, 2)]
+    settings = dict(
+        workload=Workload(context_len=96, output_len=16, sampler=Sampler(temperature=1.0)), configs=configs, num_texts=2, dtype="float32",
+        device="cpu", out=tmp_path / "sweep.json",
+    )  # fmt: skip
+    with pytest.raises(Interrupted):
+        planner.sweep(MODEL, dataset, progress=Listener("sweep", after=4), **settings)
+    journal = journal_path(tmp_path / "sweep.json")
+    before = journal.read_bytes().splitlines()[1:]
+    assert 3 <= len(before) < 6
+
+    found = planner.sweep(MODEL, dataset, resume=True, **settings)
+    after = journal.read_bytes().splitlines()[1:]
+    assert after[: len(before)] == before and len(after) == 6  # nothing measured twice
+    assert [cell.config for cell in found.cells] == [PLAIN, *configs]
+    keys = [(trial.text, trial.config) for cell in found.cells for trial in cell.trials]
+    assert len(keys) == len(set(keys)) == 6
+    finished = [msgspec.json.decode(line)["trial"]["decode_s"] for line in before]
+    assert set(finished) <= {trial.decode_s for cell in found.cells for trial in cell.trials}
+
+
+def test_a_sweep_of_other_settings_is_not_resumed(dataset, tmp_path):
+    settings = dict(configs=[], num_texts=2, dtype="float32", device="cpu", out=tmp_path / "sweep.json")
+    workload = Workload(context_len=96, output_len=16, sampler=Sampler(temperature=1.0))
+    with pytest.raises(Interrupted):
+        planner.sweep(MODEL, dataset, workload=workload, progress=Listener("sweep", after=1), **settings)
+    with pytest.raises(planner.errors.BadInput, match="another run"):
+        planner.sweep(MODEL, dataset, workload=msgspec.structs.replace(workload, output_len=17), resume=True, **settings)

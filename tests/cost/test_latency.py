@@ -1,0 +1,225 @@
+"""The latency fit: it recovers the law that made the rounds, and says how sure it is."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+from made import NGRAM, SELF_SPARSE, budgets, linear_round_s, made_profile
+
+from planner.cost.latency import fit_latency
+from planner.errors import BadInput
+from planner.specs import NO_DRAFTER, PLAIN, DraftConfig, FullKV, SparseKV
+
+
+def bilinear(kv, draft_len, context_len):
+    """Decoding alone has its own kernel, 8 ms; verifying reads a little more for every token and every cached one."""
+    n = draft_len + 1
+    verify_s = 8e-3 + 1e-6 * context_len if draft_len == 0 else 10e-3 + 1e-3 * n + 1e-6 * context_len + 2e-7 * n * context_len
+    return linear_round_s(kv, draft_len, context_len)[0], verify_s, 1e-4 + 1e-5 * draft_len
+
+
+def floor(kv, draft_len, context_len):
+    """A launch-bound device: no pass takes less than 16 ms."""
+    draft_s, _, commit_s = bilinear(kv, draft_len, context_len)
+    return draft_s, max(16e-3, 5e-3 + 2.5e-3 * (draft_len + 1) + 1e-6 * context_len), commit_s
+
+
+def steps(kv, draft_len, context_len):
+    """Matrix units: widths are rounded up to multiples of 4."""
+    draft_s, _, commit_s = bilinear(kv, draft_len, context_len)
+    return draft_s, 4e-3 + 6e-3 * math.ceil((draft_len + 1) / 4) + 1e-6 * context_len, commit_s
+
+
+LAWS = {"bilinear": bilinear, "floor": floor, "steps": steps}
+WIDE = dict(contexts=(512, 1024, 2048, 4096), draft_lens=(1, 2, 3, 4, 7), max_draft_len=7, texts_per_cell=1)
+
+
+def sparse(budget: int, draft_len: int) -> DraftConfig:
+    return DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=budget), draft_len=draft_len)
+
+
+def predicted(model, config: DraftConfig, context_len: int) -> float:
+    return model.round_s(config, context_len, context_len)[0][-1]
+
+
+def with_rounds(profile, change):
+    """The profile with every round sample passed through `change`."""
+    return msgspec.structs.replace(profile, rounds=[change(sample) for sample in profile.rounds])
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("budget", "draft_len", "context_len"), [(64, 1, 512), (64, 6, 1024), (128, 5, 1024), (256, 7, 3000), (200, 6, 3000)])
+def test_a_fit_recovers_the_law_that_made_the_rounds_where_nothing_was_measured(law, budget, draft_len, context_len):
+    model = fit_latency(made_profile(round_s=LAWS[law], **WIDE))
+    truth = sum(LAWS[law](SparseKV(budget=budget), draft_len, context_len))
+    assert predicted(model, sparse(budget, draft_len), context_len) == pytest.approx(truth, rel=0.01)
+    assert predicted(model, PLAIN, context_len) == pytest.approx(sum(LAWS[law](FullKV(), 0, context_len)), rel=0.01)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_form_that_made_the_rounds_is_as_good_as_any(law):
+    model = fit_latency(made_profile(round_s=LAWS[law], **WIDE))
+    assert model.form == law
+    assert model.error < 0.01
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_round_times_do_not_shrink_with_drafts_or_context(law):
+    model = fit_latency(made_profile(round_s=LAWS[law], **WIDE))
+    config = sparse(128, 7)
+    for position in (600, 2500, 4000):
+        assert (np.diff(model.round_s(config, 2048, position)[0]) >= -1e-12).all()
+    assert (model.round_s(config, 2048, 3000)[0] <= model.round_s(config, 2048, 4000)[0] + 1e-12).all()
+
+
+def test_a_single_token_has_a_term_of_its_own():
+    """Verifying two tokens costs 10 ms more than one: a line through both would miss decoding alone by far."""
+
+    def jump(kv, draft_len, context_len):
+        return 1e-3 * draft_len, 3e-3 if draft_len == 0 else 13e-3 + 1e-3 * draft_len, 0.0
+
+    model = fit_latency(made_profile(round_s=jump, contexts=(512, 1024), texts_per_cell=1))
+    assert predicted(model, PLAIN, 1024) == pytest.approx(3e-3, rel=1e-3)
+    widths = model.round_s(sparse(64, 4), 1024, 1024)[0]  # a round of K = 4 that drafts 0, 1, .. tokens
+    assert widths[0] == pytest.approx(3e-3, rel=1e-3)
+    assert widths[1] == pytest.approx(1e-3 + 14e-3, rel=1e-3)
+
+
+def test_plain_decoding_is_not_a_drafter_that_drafts_nothing():
+    """Off is measured by itself; a loaded drafter that offers nothing still pays for its turn."""
+
+    def overhead(kv, draft_len, context_len):
+        return (2e-3 + 1e-3 * draft_len) * (draft_len > 0), 10e-3, 0.0
+
+    model = fit_latency(made_profile(round_s=overhead, contexts=(512, 1024), texts_per_cell=1))
+    assert predicted(model, PLAIN, 1024) == pytest.approx(10e-3, rel=1e-3)
+    assert model.round_s(sparse(64, 4), 1024, 1024)[0][0] == pytest.approx(12e-3, rel=1e-2)
+
+
+def test_one_outlier_round_changes_nothing():
+    clean = made_profile(round_s=bilinear, noise=0.002, rounds_per_cell=12, **WIDE)
+    done = []
+
+    def disturb(sample):
+        if sample.draft_len != 4 or done:
+            return sample
+        done.append(sample)
+        return msgspec.structs.replace(sample, verify_s=[50 * sample.verify_s[0], *sample.verify_s[1:]])
+
+    hurt = with_rounds(clean, disturb)
+    assert hurt != clean
+    for config in (PLAIN, sparse(64, 1), sparse(128, 4), sparse(256, 7)):
+        assert predicted(fit_latency(hurt), config, 1024) == pytest.approx(predicted(fit_latency(clean), config, 1024), rel=5e-3)
+
+
+@pytest.mark.parametrize("drafted", [[4] * 12, [0, 4] * 6], ids=["always drafts", "drafts every other round"])
+def test_one_outlier_round_of_an_ngram_drafter_changes_nothing(drafted):
+    def of(outlier: float):
+        profile = made_profile(noise=0.002, rounds_per_cell=12, drafters=[*budgets(64), (NGRAM, FullKV())], contexts=(1024, 4096), texts_per_cell=1)
+
+        def change(sample):
+            if sample.drafter != NGRAM:
+                return sample
+            return msgspec.structs.replace(sample, drafted=drafted, draft_s=[outlier, *sample.draft_s[1:]])
+
+        return fit_latency(with_rounds(profile, change))
+
+    config = DraftConfig(drafter=NGRAM, draft_len=4)
+    hurt, clean = of(0.5).round_s(config, 1024, 1024)[0], of(1e-4).round_s(config, 1024, 1024)[0]
+    assert hurt == pytest.approx(clean, rel=5e-3)
+
+
+def test_what_was_not_timed_is_refused():
+    model = fit_latency(made_profile(drafters=budgets(64), contexts=(512, 1024), draft_lens=(1, 2)))
+    with pytest.raises(BadInput, match="timed no round"):
+        model.round_s(DraftConfig(drafter=NGRAM, draft_len=1), 512, 512)
+    with pytest.raises(BadInput, match="up to draft_len 2, got 3"):
+        model.round_s(sparse(64, 3), 512, 512)
+    assert model.round_s(sparse(64, 2), 512, 512).shape[1] == 3
+
+
+def test_errors_of_left_out_cells_and_the_jackknife_grow_with_noise():
+    fits = [fit_latency(made_profile(round_s=bilinear, noise=noise, rounds_per_cell=12, **WIDE)) for noise in (0.0, 0.02, 0.2)]
+    errors = [fit.error for fit in fits]
+    assert errors[0] < 1e-3 and errors[0] < errors[1] < errors[2]
+    assert 0.02 / math.sqrt(12) / 2 < errors[1] < 0.03
+    spread = [np.std(fit.round_s(sparse(64, 4), 1024, 1024)[1:, -1]) for fit in fits]
+    assert spread[0] < spread[1] < spread[2]
+    assert fits[0].plain_error < fits[1].plain_error < fits[2].plain_error
+
+
+def test_a_law_that_no_form_has_shows_in_the_error():
+    """Cubic in the width: a prediction cannot be good, and the model must know."""
+
+    def cubic(kv, draft_len, context_len):
+        return 1e-3 * draft_len, 10e-3 + 1e-4 * (draft_len + 1) ** 3, 0.0
+
+    assert fit_latency(made_profile(round_s=cubic, **(WIDE | {"draft_lens": (1, 4, 7)}))).error > 0.02
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.25])
+def test_drift_is_the_change_of_the_first_cell(factor):
+    def slower(sample):
+        if sample.role != "drift":
+            return sample
+        return msgspec.structs.replace(
+            sample, **{phase: [factor * s for s in getattr(sample, phase)] for phase in ("draft_s", "verify_s", "commit_s")}
+        )  # fmt: skip
+
+    profile = with_rounds(made_profile(), slower)
+    assert fit_latency(profile).drift == pytest.approx(factor - 1, abs=1e-9)
+
+
+def test_a_drift_sample_takes_no_part_in_the_fit():
+    profile = made_profile(round_s=bilinear)
+    far = with_rounds(profile, lambda sample: msgspec.structs.replace(sample, verify_s=[9.0] * 6) if sample.role == "drift" else sample)
+    assert predicted(fit_latency(far), PLAIN, 1024) == predicted(fit_latency(profile), PLAIN, 1024)
+
+
+def test_without_a_drift_sample_there_is_none():
+    profile = made_profile()
+    assert fit_latency(msgspec.structs.replace(profile, rounds=[s for s in profile.rounds if s.role == "cell"])).drift == 0.0
+
+
+def test_time_to_first_token_is_prefill_and_start():
+    model = fit_latency(made_profile(contexts=(1000, 3000)))
+    for context_len in (950, 1000, 2000, 3000, 3200):
+        assert model.ttft_s(PLAIN, context_len)[0] == pytest.approx(1e-4 * context_len + 1e-3)
+    assert model.ttft_s(PLAIN, 1000)[1] == pytest.approx(0.0, abs=1e-12)
+
+
+# Not more than one context: what the command's default measures.
+
+
+@pytest.mark.parametrize("context_len", [96, 1000, 1040, 2048])
+def test_a_profile_of_one_context_is_enough_near_it(context_len):
+    """10 % beyond, a slope that was not measured must not be made up: nothing, or the whole time, may depend on context."""
+
+    def flat(kv, draft_len, context_len):
+        return 4e-3 * draft_len, 10e-3 + 1e-3 * draft_len, 1e-4
+
+    model = fit_latency(made_profile(round_s=flat, contexts=(context_len,), texts_per_cell=1, drafters=budgets(64), draft_lens=(1, 2, 4)))
+    for position in (context_len, round(1.1 * context_len)):
+        assert model.round_s(PLAIN, context_len, position)[0][0] == pytest.approx(10.1e-3, rel=1e-3)
+        assert model.round_s(sparse(64, 4), context_len, position)[0][-1] == pytest.approx(30.1e-3, rel=1e-3)
+
+
+def test_a_profile_of_plain_decoding_alone_can_be_fitted():
+    model = fit_latency(made_profile(drafters=[], contexts=(512, 1024)))
+    assert predicted(model, PLAIN, 1024) == pytest.approx(sum(linear_round_s(FullKV(), 0, 1024)), rel=1e-2)
+    assert model.max_draft_len == {NO_DRAFTER: 0}
+
+
+def test_an_ngram_drafter_that_found_nothing_can_be_fitted():
+    def nothing(sample):
+        return msgspec.structs.replace(sample, drafted=[0] * len(sample.drafted))
+
+    profile = with_rounds(made_profile(drafters=[(NGRAM, FullKV())], contexts=(512, 1024), draft_lens=(4,)), nothing)
+    assert predicted(fit_latency(profile), PLAIN, 1024) == pytest.approx(sum(linear_round_s(FullKV(), 0, 1024)), rel=1e-2)
+
+
+def test_a_drift_sample_of_a_cell_that_was_not_measured_is_refused_in_words():
+    profile = with_rounds(made_profile(), lambda sample: msgspec.structs.replace(sample, context_len=77) if sample.role == "drift" else sample)
+    with pytest.raises(BadInput):
+        fit_latency(profile)

@@ -1,0 +1,196 @@
+"""The transformer computes what transformers' Llama computes, in whatever pieces it is fed."""
+
+import pytest
+import torch
+from tiny import prefilled, random_prompt, tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from planner.runtime.model import Transformer, prefill
+from planner.runtime.weights import default_model_path, load_checkpoint
+from planner.specs import ModelSpec
+
+CPU = torch.device("cpu")
+SHAPES = {
+    "no groups": dict(num_attention_heads=4, num_key_value_heads=4),
+    "groups of 2": dict(num_attention_heads=4, num_key_value_heads=2),
+    "groups of 4": dict(num_attention_heads=8, num_key_value_heads=2, hidden_size=64),
+    "one kv head": dict(num_attention_heads=4, num_key_value_heads=1),
+    "tied": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+    "wide heads": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=24),
+    "narrow heads": dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=2),
+    "rope theta 5e5": dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    "one layer, loose norm": dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, rms_norm_eps=1e-2),
+}
+
+
+def reference(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=56, vocab_size=97, num_hidden_layers=3, max_position_embeddings=512, rms_norm_eps=1e-5)
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | {"tie_word_embeddings": False, "initializer_range": 0.25} | changes))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def ours(folder) -> Transformer:
+    return Transformer(load_checkpoint(folder, torch.float32, CPU))
+
+
+@torch.inference_mode()
+def one_pass(model: Transformer, tokens: torch.Tensor, taps=()):
+    cache = model.new_cache(tokens.shape[1], batch=len(tokens))
+    output = model(tokens, torch.arange(tokens.shape[1]).expand(len(tokens), -1), cache, cache.causal_mask(tokens.shape[1]), taps)
+    return model.logits(output.hidden), output.taps
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_and_residual_stream_are_those_of_transformers(shape, tmp_path):
+    theirs = reference(**shape)
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(97, (2, 70), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = theirs(tokens, output_hidden_states=True)
+    model = ours(tmp_path)
+    logits, taps = one_pass(model, tokens, taps=range(model.spec.num_layers))
+    assert expected.logits.abs().max() > 1  # not a comparison of zeros
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-5)
+    for layer in range(model.spec.num_layers - 1):  # transformers reports the last one behind the final norm
+        torch.testing.assert_close(taps[layer], expected.hidden_states[layer + 1], atol=1e-4, rtol=1e-5)
+    last = torch.nn.functional.rms_norm(taps[model.spec.num_layers - 1], model.norm.shape, model.norm, model.spec.rms_norm_eps)
+    torch.testing.assert_close(last, expected.hidden_states[-1], atol=1e-4, rtol=1e-5)
+    assert model.nbytes == 4 * model.spec.num_parameters == sum(p.nbytes for p in theirs.parameters())
+
+
+def test_a_wrong_rope_theta_is_caught(tmp_path):
+    theirs = reference(**SHAPES["rope theta 5e5"])
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(97, (1, 70), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+    checkpoint = load_checkpoint(tmp_path, torch.float32, CPU, rope_theta=1e4)
+    assert (one_pass(Transformer(checkpoint), tokens)[0] - expected).abs().max() > 0.01
+
+
+@pytest.mark.model
+def test_the_default_model_agrees_with_transformers_on_real_text():
+    """Seen: 3e-5 apart at most, on logits of up to 30."""
+    from pydoc_data.topics import topics
+
+    from planner.runtime.tokenizer import load_tokenizer
+
+    path = default_model_path()
+    tokens = torch.tensor([load_tokenizer(path).encode(topics["class"])[:300]])
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+    del theirs
+    logits, _ = one_pass(ours(path), tokens)
+    print("max abs diff", float((logits - expected).abs().max()), "of", float(expected.abs().max()))
+    assert tokens.shape == (1, 300)
+    assert expected.abs().max() > 10
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+# ---- in pieces
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(seed=2)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_prefill_in_chunks_equals_one_pass(model, chunk):
+    tokens = torch.tensor([random_prompt(130, seed=s) for s in range(2)])
+    whole, pieces = (model.new_cache(130, batch=2) for _ in range(2))
+    expected = prefill(model, tokens, whole, chunk=130)
+    torch.testing.assert_close(prefill(model, tokens, pieces, chunk=chunk), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(pieces.keys, whole.keys, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(pieces.values, whole.values, atol=1e-4, rtol=1e-5)
+    assert pieces.lengths == [130, 130]
+    torch.testing.assert_close(expected, one_pass(model, tokens)[0][:, -1], atol=1e-4, rtol=1e-5)
+
+
+def test_prefill_goes_on_behind_what_the_cache_holds(model):
+    tokens = torch.tensor([random_prompt(50)])
+    cache = model.new_cache(50)
+    prefill(model, tokens[:, :30], cache)
+    torch.testing.assert_close(prefill(model, tokens[:, 30:], cache), one_pass(model, tokens)[0][:, -1], atol=1e-4, rtol=1e-5)
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="at least one token"):
+        prefill(model, torch.zeros(1, 0, dtype=torch.long), model.new_cache(10))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"num_kv_heads": 4}, {"num_heads": 1, "num_kv_heads": 1}], ids=str)
+def test_one_pass_over_n_tokens_equals_n_passes_over_one(changes, batch):
+    model = tiny_model(**changes)
+    tokens = torch.tensor([random_prompt(40, seed=s) for s in range(batch)])
+    expected, _ = one_pass(model, tokens)
+    cache = model.new_cache(40, batch=batch)
+    with torch.inference_mode():
+        for i in range(40):
+            hidden = model(tokens[:, i : i + 1], torch.full((batch, 1), i), cache, cache.causal_mask(1)).hidden
+            cache.commit([1] * batch)
+            torch.testing.assert_close(model.logits(hidden)[:, 0], expected[:, i], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_streams_of_different_lengths_equal_each_alone(model, n):
+    prompts = [random_prompt(length, seed=length) for length in (37, 5, 90)]
+    new = torch.tensor([random_prompt(12, seed=s)[:n] for s in range(3)])
+
+    @torch.inference_mode()
+    def follow(streams):
+        cache, _ = prefilled(model, [prompts[b] for b in streams], 100)
+        positions = torch.tensor(cache.lengths)[:, None] + torch.arange(n)
+        output = model(new[streams], positions, cache, cache.causal_mask(n), taps=(0,))
+        return model.logits(output.hidden), output.taps[0]
+
+    logits, tap = follow([0, 1, 2])
+    for b in range(3):
+        alone, alone_tap = follow([b])
+        torch.testing.assert_close(logits[b : b + 1], alone, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(tap[b : b + 1], alone_tap, atol=1e-4, rtol=1e-5)
+
+
+def test_only_asked_layers_are_tapped(model):
+    assert set(one_pass(model, torch.tensor([[1, 2, 3]]), taps=(1,))[1]) == {1}
+
+
+def test_positions_far_apart_from_zero_only_turn_keys_and_queries_together(model):
+    """Rotary embedding is relative: shifting all positions changes nothing."""
+    tokens = torch.tensor([random_prompt(30)])
+
+    @torch.inference_mode()
+    def at(shift):
+        cache = model.new_cache(30)
+        return model(tokens, shift + torch.arange(30)[None], cache, cache.causal_mask(30)).hidden
+
+    torch.testing.assert_close(at(1000), at(0), atol=2e-3, rtol=1e-3)
+
+
+def test_attention_does_not_care_how_the_kernel_lays_its_output_out(model, monkeypatch):
+    """CUDA's memory-efficient kernel returns [B, rows, heads, D] seen as [B, heads, rows, D]; the CPU's happens to be contiguous."""
+    tokens = torch.tensor([random_prompt(30)])
+    expected, _ = one_pass(model, tokens)
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def as_cuda_lays_out(*args, **options):
+        return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_cuda_lays_out)
+    torch.testing.assert_close(one_pass(model, tokens)[0], expected)
+
+
+def test_bfloat16_weights_keep_positions_in_float32():
+    spec = tiny_model().spec
+    assert isinstance(spec, ModelSpec)
+    narrow = tiny_model()
+    wide_frequency = narrow.inverse_frequency.clone()
+    assert narrow.to(torch.bfloat16).inverse_frequency.dtype == torch.float32
+    assert torch.equal(narrow.inverse_frequency, wide_frequency)
