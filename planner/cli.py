@@ -60,15 +60,16 @@ def profile(
     texts: Annotated[int, typer.Option(help="Prompts per context, at least 4; 16 give useful intervals.")] = 16,
     output_len: Annotated[int, typer.Option(help="Tokens that the target writes behind each prompt.")] = 128,
     max_minutes: Annotated[float | None, typer.Option(help="Stop replaying further texts after this.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted profile with the same --out stopped.")] = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure this device: acceptance by replay, latency by whole rounds."""
+    """Measure this device: acceptance by replay, latency by whole rounds. A journal lies beside --out until it is complete."""
     from planner.commands.profile import Settings
-    from planner.files import check_writable
+    from planner.files import check_writable, journal_path
     from planner.measurements import save_profile
     from planner.report import terminal
     from planner.specs import Sampler
@@ -84,8 +85,9 @@ def profile(
         num_texts=texts, output_len=output_len, seed=seed, max_minutes=max_minutes,
     )  # fmt: skip
     with terminal.progress("profile", quiet=quiet) as progress:
-        result = planner.profile(model, _paths(dataset), settings=settings, dtype=dtype, device=device, progress=progress)
+        result = planner.profile(model, _paths(dataset), settings=settings, dtype=dtype, device=device, out=out, resume=resume, progress=progress)
     save_profile(result, out)
+    journal_path(out).unlink(missing_ok=True)
     terminal.print_json(result) if as_json else terminal.show_profile(result, out)
 
 

@@ -16,6 +16,8 @@ def read_bytes(path: str | Path, what: str) -> bytes:
     """The content of a file of ours; BadInput if it is missing, unreadable or absurdly large."""
     path = Path(path)
     try:
+        if not path.is_file() and path.exists():
+            raise BadInput(f"the {what} must be a file, {path} is not")
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise BadInput(f"a {what} holds at most {MAX_JSON_BYTES} bytes, {path} has {size}")
@@ -27,7 +29,7 @@ def read_bytes(path: str | Path, what: str) -> bytes:
 def write_whole(path: str | Path, content: bytes) -> None:
     """Replace the file in one step; after a crash the old content or the new one is there, never half of it."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".planner-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -80,10 +82,6 @@ class Journal:
             file.write(msgspec.json.encode(entry) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        """The run is complete and saved elsewhere."""
-        self.path.unlink(missing_ok=True)
 
 
 def journal_path(out: str | Path) -> Path:

@@ -36,6 +36,8 @@ class Packed(Spec, kw_only=True):
         expected = int(np.prod(self.shape, dtype=object))
         if len(self.u8) != 4 * ((expected + 2) // 3):
             raise ValueError(f"u8 must hold {expected} bytes for shape {self.shape}, got {len(self.u8)} base64 characters")
+        if len(base64.b64decode(self.u8, validate=True)) != expected:  # binascii.Error is a ValueError
+            raise ValueError(f"u8 must hold {expected} bytes for shape {self.shape}, got another number")
 
     @classmethod
     def pack(cls, array: np.ndarray) -> "Packed":
@@ -44,10 +46,7 @@ class Packed(Spec, kw_only=True):
 
     def unpack(self) -> np.ndarray:
         """uint8, of the stored shape."""
-        try:
-            return np.frombuffer(base64.b64decode(self.u8, validate=True), dtype=np.uint8).reshape(self.shape)
-        except ValueError as error:
-            raise BadInput(f"u8 is not base64 of {self.shape}: {error}") from None
+        return np.frombuffer(base64.b64decode(self.u8), dtype=np.uint8).reshape(self.shape)
 
 
 class Text(Spec, kw_only=True):
@@ -59,7 +58,7 @@ class Text(Spec, kw_only=True):
     extent: Natural  # tokens or chats of the file that it takes
     context_len: Count  # prompt tokens
     sampler: Sampler
-    output_len: Count  # tokens written; fewer than asked for if a stop token came
+    output_len: Annotated[int, Meta(ge=2, le=2**30)]  # tokens written; fewer than asked for if a stop token came
     distinct_4grams: Share  # of the continuation
 
 
@@ -102,7 +101,7 @@ class PrefillSample(Spec, kw_only=True):
     """Prompts processed one at a time."""
 
     context_len: Count
-    seconds: Annotated[list[Seconds], Meta(min_length=1)]
+    seconds: Annotated[list[Annotated[float, Meta(ge=1e-9, le=1e6)]], Meta(min_length=1)]
 
 
 class MemorySample(Spec, kw_only=True):
@@ -151,7 +150,7 @@ class Profile(Spec, kw_only=True):
     seed: int
     contexts: Annotated[list[Count], Meta(min_length=1)]
     samplers: Annotated[list[Sampler], Meta(min_length=1)]
-    max_draft_len: Annotated[int, Meta(ge=1, le=1024)]
+    max_draft_len: Annotated[int, Meta(ge=1, le=255)]  # what a byte of `drafted` can say
     texts: list[Text]
     acceptance: list[AcceptanceSample]
     rounds: list[RoundSample]

@@ -175,6 +175,10 @@ class Sampler(Spec, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=2**30)] = 0
 
+    def __post_init__(self):
+        if 0 < self.temperature < 0.01:
+            raise ValueError(f"temperature must be 0 (greedy) or at least 0.01, got {self.temperature}")
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0

@@ -9,7 +9,7 @@ from planner.measurements import AcceptanceSample, Environment, MemorySample, Pa
 from planner.specs import NO_DRAFTER, DeviceSpec, DrafterSpec, FullKV, KVPolicy, Sampler, SparseKV
 
 SELF_SPARSE, NGRAM = DrafterSpec(kind="self_sparse"), DrafterSpec(kind="ngram")
-GREEDY, WARM = Sampler(temperature=0), Sampler(temperature=1.0)
+GREEDY, WARM = Sampler(), Sampler(temperature=1.0)
 FIFTH = 51 / 255  # multiples of it survive storage as round(255 p) exactly
 
 
@@ -53,7 +53,8 @@ def made_profile(
         return RoundSample(
             drafter=drafter, kv=kv, draft_len=draft_len, context_len=context_len, role=role,
             position=[context_len + i * (draft_len + 1) for i in range(rounds_per_cell)], drafted=[draft_len] * rounds_per_cell,
-            draft_s=times(draft_s), verify_s=times(verify_s), commit_s=times(commit_s), warmup_s=[2 * (draft_s + verify_s + commit_s)], start_s=times(1e-3)[:3],
+            draft_s=times(draft_s), verify_s=times(verify_s), commit_s=times(commit_s), warmup_s=[2 * (draft_s + verify_s + commit_s)],
+            start_s=times(1e-3)[:3],
         )  # fmt: skip
 
     texts, acceptance = [], []
@@ -78,15 +79,17 @@ def made_profile(
     rounds += [timed(drafter, kv, k, context_len) for context_len in contexts for drafter, kv in drafters for k in draft_lens]
     rounds.append(timed(NO_DRAFTER, FullKV(), 0, contexts[0], role="drift"))
     spec = tiny_spec()
-    fields = dict(
+    fields = dict(  # noqa: C408 - keywords read better
         model="tiny", target=spec, target_fingerprint="0" * 16, weights_bytes=spec.num_parameters * 4, dtype="float32", execution_mode="eager",
         device=DeviceSpec(kind="cpu", name="made", memory_bytes=8 * 2**30, num_cores=2),
         environment=Environment(
-            date="2026-01-01T00:00:00Z", planner_version="0.1.0", python="3.11", torch="2.9", platform="Linux", num_threads=2, busy_share=0.0, load_1min=0.1,
+            date="2026-01-01T00:00:00Z", planner_version="0.1.0", python="3.11", torch="2.9", platform="Linux", num_threads=2, busy_share=0.0,
+            load_1min=0.1,
         ),
         seed=0, contexts=list(contexts), samplers=list(samplers), max_draft_len=max_draft_len, texts=texts, acceptance=acceptance, rounds=rounds,
         prefill=[PrefillSample(context_len=context_len, seconds=[1e-4 * context_len] * 3) for context_len in contexts],
-        memory=[MemorySample(context_len=context_len, known_bytes=2**20, peak_bytes=2**20 + 1000 * context_len, base_bytes=2**16) for context_len in contexts],
+        memory=[MemorySample(context_len=context_len, known_bytes=2**20,
+            peak_bytes=2**20 + 1000 * context_len, base_bytes=2**16) for context_len in contexts],
         minutes={"acceptance": 1.0, "latency": 1.0},
     )  # fmt: skip
     return Profile(**(fields | changes))

@@ -1,25 +1,32 @@
 """A stand-in for a GPU on machines without one: a device that computes with real CPU values and refuses to mix with the CPU.
 
-`install()` claims PyTorch's one private-use backend, so this belongs in a process of its own; `main()` is what
+`installed()` claims PyTorch's one private-use backend, so this belongs in a process of its own; `main()` is what
 tests/runtime/test_standin_device.py starts. As on CUDA, an op takes tensors of one device, except single numbers
-(dim 0) and explicit copies. CUDA also accepts a CPU index; here it is refused, for it is a copy that nobody asked for.
+(dim 0) and copies. CUDA also accepts a CPU index; here it is refused, for it is a copy that nobody asked for.
+What it cannot show: CUDA's generators, events, graphs and kernels.
 """
 
 import json
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from tiny import prefilled, random_prompt, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from planner.profiler.acceptance import replay, write_texts
+from planner.profiler.texts import Prompt
+from planner.runtime.decode import cache_capacity, decode
+from planner.runtime.drafters import make_drafter
+from planner.runtime.drafters.none import NoDrafter
+from planner.runtime.drafters.protocol import Draft
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV
+
 STANDIN = "standin:0"
-aten = torch.ops.aten
-READS = {  # wait for the device and bring a value, or the shape of a result, to the host
-    "_local_scalar_dense", "is_nonzero", "equal", "item", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave",
-}  # fmt: skip
+READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2"}  # bring a value, or the shape of a result, to the host
 counts = Counter()  # host "reads" and "uploads" since somebody cleared it
 on_cpu = Counter()  # ops that ran on the CPU alone, by name
 
@@ -48,37 +55,38 @@ class StandinTensor(torch.Tensor):
 
 def compute(func, args, kwargs):
     """Run one op on the real values, as the device would."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        with Standin():  # inference mode hands us int() and .to() whole; what they are made of tells a read from a copy
+            return func.decompose(*args, **kwargs)
     name = func.overloadpacket.__name__
     leaves, tree = tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    ours = [tensor for tensor in tensors if isinstance(tensor, StandinTensor)]
-    asked = kwargs.get("device")
-    target = ours[0].device if asked is None and ours else torch.device(asked or "cpu")
-    on_standin = target.type == "standin"
+    ours = [leaf for leaf in leaves if isinstance(leaf, StandinTensor)]
+    theirs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, StandinTensor)]
+    if kwargs.get("device") is not None:
+        on_standin = torch.device(kwargs["device"]).type == "standin"
+    else:
+        on_standin = isinstance(args[0], StandinTensor) if name == "copy_" else bool(ours)
 
-    copies = name in ("_to_copy", "copy_")
-    if ours and not copies and any(tensor.dim() > 0 for tensor in tensors if not isinstance(tensor, StandinTensor)):
-        raise RuntimeError(f"{func} mixes {STANDIN} with cpu: {[(str(tensor.device), tuple(tensor.shape)) for tensor in tensors]}")
-    if name == "copy_":  # into whatever the first argument is
-        on_standin = isinstance(args[0], StandinTensor)
-    if copies:
-        sources = [isinstance(tensor, StandinTensor) for tensor in tensors[-1:]]
-        counts["uploads"] += on_standin and not all(sources)
-        counts["reads"] += not on_standin and any(sources)
-    mask_index = name in ("index", "index_put_", "index_put") and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    counts["reads"] += bool(ours) and (mask_index or name in READS and (name != "repeat_interleave" or kwargs.get("output_size") is None))
+    if name in ("_to_copy", "copy_"):
+        from_standin = isinstance(args[name == "copy_"], StandinTensor)
+        counts["uploads"] += on_standin and not from_standin
+        counts["reads"] += from_standin and not on_standin
+    elif ours and any(tensor.dim() > 0 for tensor in theirs):
+        raise RuntimeError(f"{func} mixes {STANDIN} with cpu tensors of shapes {[tuple(tensor.shape) for tensor in theirs]}")
+    by_mask = name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+    counts["reads"] += bool(ours) and (by_mask or name in READS)
     if not ours and not on_standin:
         on_cpu[name] += 1
 
-    reals = {id(tensor.value): tensor for tensor in ours}
-    real_args, real_kwargs = tree_unflatten([leaf.value if isinstance(leaf, StandinTensor) else leaf for leaf in leaves], tree)
-    if asked is not None and on_standin:
-        real_kwargs["device"] = torch.device("cpu")
-    out = func(*real_args, **real_kwargs)
-    if name == "_to_copy" and len(ours) == 0 and not on_standin or not (on_standin or ours) or (copies and not on_standin):
-        return out
-    # An op in place returns the very tensor it was given.
-    return tree_map_only(torch.Tensor, lambda tensor: reals[id(tensor)] if id(tensor) in reals else StandinTensor(tensor), out)
+    owners = {id(tensor.value): tensor for tensor in ours}
+    args, kwargs = tree_unflatten([leaf.value if isinstance(leaf, StandinTensor) else leaf for leaf in leaves], tree)
+    kwargs |= {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
+    with torch.inference_mode(False):  # a view of a tensor from outside inference mode has to be an ordinary one
+        out = func(*args, **kwargs)
+        if not on_standin:
+            return out
+        # An op in place returns the very tensor it was given.
+        return tree_map_only(torch.Tensor, lambda tensor: owners[id(tensor)] if id(tensor) in owners else StandinTensor(tensor), out)
 
 
 class Standin(TorchDispatchMode):
@@ -117,3 +125,104 @@ def installed():
             yield
     finally:
         torch.Generator, torch.tensor = plain
+
+
+NEW_TOKENS, DRAFT_LEN = 10, 3
+SAMPLERS = {"greedy": Sampler(), "warm": Sampler(temperature=0.8, top_p=0.9, top_k=20)}
+CONFIGS = {
+    "none": PLAIN,
+    "ngram": DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=DRAFT_LEN),
+    "window": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=20, sink=4, recent=8), draft_len=DRAFT_LEN),
+    "chunk": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=21, recent=9, selection="chunk"), draft_len=DRAFT_LEN),
+}  # fmt: skip
+RUNS = [(config, "greedy", [50]) for config in CONFIGS] + [(config, "warm", [70, 33, 51]) for config in CONFIGS]
+
+
+class ForgetsTheDevice(NoDrafter):
+    """Wrong: leaves the tokens it drafts on the CPU."""
+
+    def propose(self, histories, draft_lens, sampler, generators):
+        tokens = torch.zeros(len(histories), 1, dtype=torch.long)
+        return Draft(tokens, torch.ones(len(histories), 1, self.vocab_size, device=self.device), [min(1, n) for n in draft_lens])
+
+
+class ReadsTwice(NoDrafter):
+    """Wrong: looks at a value on the device in every round."""
+
+    def commit(self, target_cache, counts):
+        float(target_cache.keys[0, 0, 0, 0, 0])
+
+
+def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sampler, drafter_class=None) -> dict:
+    """Texts of a decoding run, and the host reads of each round, the first token's included."""
+    model = tiny_model(sharpness=1.5, device=device)
+    prompts = [random_prompt(length, seed=length) for length in lengths]
+    cache, logits = prefilled(model, prompts, cache_capacity(max(lengths), NEW_TOKENS, DRAFT_LEN))
+    drafter = drafter_class(61, model.device) if drafter_class else make_drafter(config, model, batch=len(prompts))
+    generators = [torch.Generator(device=model.device).manual_seed(b) for b in range(len(prompts))]
+    texts, reads, accepted = [[] for _ in prompts], [], 0
+    counts.clear(), on_cpu.clear()
+    for round_ in decode(
+        model, cache, prompts, logits, drafter, draft_len=config.draft_len, sampler=sampler, generators=generators, max_new_tokens=NEW_TOKENS
+    ):  # fmt: skip
+        reads.append(counts["reads"])
+        counts["reads"] = 0
+        accepted += sum(round_.accepted)
+        for text, tokens in zip(texts, round_.tokens, strict=True):
+            text += tokens
+    return {"texts": texts, "reads": reads, "uploads": counts["uploads"], "accepted": accepted, "on_cpu": dict(on_cpu), "device": str(cache.keys.device)}
+
+
+def replay_of(device: str, config: DraftConfig, sampler: Sampler) -> dict:
+    """Acceptance along two texts that the target wrote."""
+    model = tiny_model(sharpness=1.1, device=device)
+    prompt = random_prompt(50)
+    cache, logits = prefilled(model, [prompt, prompt], 50 + NEW_TOKENS)
+    on_cpu.clear()
+    written = write_texts(
+        model, cache, [Prompt("kind", "source", 0, 50, prompt)] * 2, 50, logits, sampler, output_len=NEW_TOKENS, stop_tokens=(), seeds=[0, 1]
+    )  # fmt: skip
+    samples = [replay(model, text.target_text, config, index) for index, text in enumerate(written)]
+    return {
+        "texts": [text.target_text.tokens for text in written], "accept_prob": [sample.accept_prob.unpack().tolist() for sample in samples],
+        "on_cpu": dict(on_cpu), "device": str(written[0].target_text.token_probs.device),
+    }  # fmt: skip
+
+
+def refusal(function, *args) -> str | None:
+    try:
+        function(*args)
+    except RuntimeError as error:
+        return str(error)
+
+
+def cpu_index(device: str):
+    """Wrong: indexes a tensor of the device with one of the CPU."""
+    return torch.zeros(3, 4, device=device)[:, torch.arange(2)]
+
+
+def main() -> None:
+    """Everything on the CPU and then on the stand-in, as one JSON document."""
+    result = {}
+    for device in ("cpu", STANDIN):
+        with nullcontext() if device == "cpu" else installed():
+            result[device] = {
+                "decode": {
+                    f"{config}, {sampler}, prompts of {lengths}": rounds_of(device, lengths, CONFIGS[config], SAMPLERS[sampler])
+                    for config, sampler, lengths in RUNS
+                },
+                "replay": {
+                    f"{config}, {sampler}": replay_of(device, CONFIGS[config], SAMPLERS[sampler])
+                    for config in CONFIGS if config != "none" for sampler in SAMPLERS
+                },
+                "wrong": {
+                    "cpu index": refusal(cpu_index, device),
+                    "drafter on the cpu": refusal(rounds_of, device, [50], PLAIN, Sampler(), ForgetsTheDevice),
+                    "reads": rounds_of(device, [50], PLAIN, Sampler(), ReadsTwice)["reads"],
+                },
+            }  # fmt: skip
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

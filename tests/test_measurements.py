@@ -7,7 +7,6 @@ import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from made import made_profile
 
@@ -58,7 +57,9 @@ def drop(*path):
 
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_a_profile_comes_back_as_it_was(tmp_path, size):
-    profile = made_profile(noise=0.3, **({} if size == "small" else {"output_len": 257, "texts_per_cell": 16, "max_draft_len": 8, "draft_lens": (1, 8)}))
+    profile = made_profile(
+        noise=0.3, **({} if size == "small" else {"output_len": 257, "texts_per_cell": 16, "max_draft_len": 8, "draft_lens": (1, 8)})
+    )
     save_profile(profile, tmp_path / "p.json")
     assert ((tmp_path / "p.json").stat().st_size > 200_000) == (size == "large")  # the two layouts
     assert load_profile(tmp_path / "p.json") == profile
@@ -66,7 +67,7 @@ def test_a_profile_comes_back_as_it_was(tmp_path, size):
 
 
 def test_a_large_profile_is_written_an_entry_a_line():
-    profile = made_profile(output_len=257, texts_per_cell=16)
+    profile = made_profile(output_len=257, texts_per_cell=16, max_draft_len=8)
     lines = encode(profile).decode().splitlines()
     assert sum(line.startswith('{"text":') for line in lines) == len(profile.acceptance)
 
@@ -106,31 +107,31 @@ def test_a_round_is_the_sum_of_its_parts(profile):
         (put("1", "schema_version"), "schema_version"),
         (drop("schema_version"), "schema_version"),
         (drop("model"), "missing required field `model`"),
-        (drop("texts", 0, "sampler"), r"missing required field `sampler`.*texts\[...\]"),
+        (drop("texts", 0, "sampler"), r"missing required field `sampler`.*texts\[0\]"),
         (put(1, "surprise"), "unknown field `surprise`"),
         (put(1, "texts", 0, "surprise"), r"unknown field `surprise`.*texts"),
         (put(float("nan"), "rounds", 0, "verify_s", 0), "malformed|not valid"),
         (put(float("inf"), "minutes", "latency"), "malformed|not valid"),
-        (put(-1e-3, "rounds", 0, "verify_s", 0), r">= 0.*rounds\[...\]\.verify_s\[...\]"),
+        (put(-1e-3, "rounds", 0, "verify_s", 0), r">= 0.*rounds\[0\]\.verify_s\[0\]"),
         (put(1e7, "prefill", 0, "seconds", 0), r"<= 1000000.*prefill"),
         (put([], "prefill"), r"length >= 1.*prefill"),
         (put("fast", "rounds", 0, "draft_s", 0), r"Expected `float`.*draft_s"),
-        (put([0.1], "rounds", 0, "draft_s"), r"one entry per round.*rounds\[...\]"),
+        (put([0.1], "rounds", 0, "draft_s"), r"one entry per round.*rounds\[0\]"),
         (put(1.5, "texts", 0, "distinct_4grams"), r"<= 1.*distinct_4grams"),
         (put(0, "contexts", 0), r">= 1.*contexts"),
         (put([], "samplers"), "length >= 1.*samplers"),
-        (put(-1.0, "samplers", 0, "temperature"), r">= 0.*samplers\[...\]\.temperature"),
+        (put(-1.0, "samplers", 0, "temperature"), r">= 0.*samplers\[0\]\.temperature"),
         (put(2000, "max_draft_len"), "<= 1024.*max_draft_len"),
         (put(2, "max_draft_len"), r"acceptance\[0\] must hold 32 starts x 2 drafts, got \[32, 4\]"),
         (put("gguf", "dtype"), "dtype"),
         (put(3, "target", "num_kv_heads"), r"multiple of num_kv_heads.*target"),
-        (put(10, "acceptance", 0, "kv", "budget"), r"kv budget must hold.*acceptance\[...\]\.kv"),
-        (put("quantum", "acceptance", 0, "drafter", "kind"), r"acceptance\[...\]\.drafter\.kind"),
+        (put(10, "acceptance", 0, "kv", "budget"), r"kv budget must hold.*acceptance\[0\]\.kv"),
+        (put("quantum", "acceptance", 0, "drafter", "kind"), r"acceptance\[0\]\.drafter\.kind"),
         (put(1, "acceptance", 1, "text"), r"acceptance\[1\]\.text must be below 1, the number of texts, got 1"),
-        (put(-1, "acceptance", 1, "text"), r">= 0.*acceptance\[...\]\.text"),
+        (put(-1, "acceptance", 1, "text"), r">= 0.*acceptance\[1\].text"),
         (put(10, "texts", 0, "output_len"), r"acceptance\[0\] must hold 9 starts"),
-        (put("AAAA", "acceptance", 0, "accept_prob", "u8"), r"u8 must hold 128 bytes.*acceptance\[...\]\.accept_prob"),
-        (put([64, 4], "acceptance", 0, "accept_prob", "shape"), r"u8 must hold 256 bytes.*acceptance\[...\]\.accept_prob"),
+        (put("AAAA", "acceptance", 0, "accept_prob", "u8"), r"u8 must hold 128 bytes.*acceptance\[0\]\.accept_prob"),
+        (put([64, 4], "acceptance", 0, "accept_prob", "shape"), r"u8 must hold 256 bytes.*acceptance\[0\]\.accept_prob"),
         (put([2**20, 2**20], "acceptance", 0, "accept_prob", "shape"), "u8 must hold"),
         (put([2**21, 1], "acceptance", 0, "accept_prob", "shape"), r"<= 1048576.*accept_prob\.shape"),
         (put([-32, -4], "acceptance", 0, "accept_prob", "shape"), r">= 0.*accept_prob\.shape"),
@@ -147,7 +148,6 @@ def test_a_damaged_field_is_named(damaged, change, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: only the length of u8 is checked on reading; what it holds is found out when a plan is made")
 @pytest.mark.parametrize("u8", ["!" * 44, base64.b64encode(b"\0" * 33).decode()])
 def test_packed_bytes_that_do_not_unpack_are_refused_on_reading(damaged, u8):
     assert len(u8) == 44  # as many characters as 32 bytes take
@@ -161,7 +161,9 @@ def test_packed_bytes_that_do_not_unpack_are_never_used(u8):
         Packed(shape=[32], u8=u8).unpack()
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"schema_version": 1}', b"[" * 200_000, b'{"schema_version": 1' + b"0" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b'{"schema_version": 1}', b"[" * 200_000, b'{"schema_version": 1' + b"0" * 5000 + b"}"]
+)
 def test_what_is_no_profile_is_refused(tmp_path, content):
     (tmp_path / "p.json").write_bytes(content)
     with pytest.raises(BadInput, match="p.json"):
@@ -179,7 +181,7 @@ def test_a_profile_cut_off_anywhere_is_refused(tmp_path, profile):
 def test_a_measurement_that_is_not_a_number_does_not_come_back_as_one(tmp_path, profile):
     sample = msgspec.structs.replace(profile.prefill[0], seconds=[float("nan")])
     save_profile(msgspec.structs.replace(profile, prefill=[sample]), tmp_path / "p.json")
-    with pytest.raises(BadInput, match=r"prefill\[...\]\.seconds"):
+    with pytest.raises(BadInput, match=r"prefill\[0\]\.seconds"):
         load_profile(tmp_path / "p.json")
 
 

@@ -22,8 +22,7 @@ def plan(
     """The configuration to run, with intervals, ties and refusals. What is left out takes the profile's only value."""
     from planner.search.optimize import make_plan
 
-    if objective not in ("e2e", "tpot"):
-        raise BadInput(f"an objective is e2e or tpot, got {objective!r}")
+    _check_objective(objective)
     profile = load_profile(profile_path)
     workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k)
     return make_plan(profile, fingerprint(profile_path), workload, objective=objective, memory_cap_bytes=memory_cap_bytes)
@@ -46,6 +45,7 @@ def estimate(
     """One configuration of the caller's choosing, and plain decoding beside it."""
     from planner.search.objective import fit_models, predict, with_speedup
 
+    _check_objective(objective)
     profile = load_profile(profile_path)
     workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k)
     models = fit_models(profile)
@@ -105,6 +105,11 @@ def find_workload(
     else:
         sampler = checked(Sampler(**{name: value for name, value in given.items() if value is not None}))
     return checked(Workload(context_len=context_len, output_len=output_len, sampler=sampler))
+
+
+def _check_objective(objective: str) -> None:
+    if objective not in ("e2e", "tpot"):
+        raise BadInput(f"an objective is e2e or tpot, got {objective!r}")
 
 
 def _only(values: list, flag: str, names: list[str]):

@@ -1,13 +1,28 @@
 """planner profile: measure a model on this device, from prompts to a Profile."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
+import planner
 from planner.commands.progress import Progress, Silent
 from planner.commands.session import Session, open_session
 from planner.errors import BadInput
-from planner.measurements import MIN_DISTINCT_4GRAMS, AcceptanceSample, MemorySample, PrefillSample, Profile
+from planner.files import Journal, journal_path
+from planner.measurements import (
+    MIN_DISTINCT_4GRAMS,
+    AcceptanceSample,
+    Failure,
+    MemorySample,
+    PrefillSample,
+    Profile,
+    RoundSample,
+    Seconds,
+    Text,
+)
 from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, checked
 
 MIN_TEXTS = 4  # kept whatever --max-minutes says: below, an interval means nothing
@@ -35,31 +50,67 @@ def profile(
     settings: Settings,
     dtype: str = "bfloat16",
     device: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
     progress: Progress = Silent(),
 ) -> Profile:
     """Latency of rounds and acceptance along texts that the model writes for the prompts; minutes, not milliseconds.
 
-    With max_minutes, fewer texts than asked for (at least 4) are replayed once the time is up, and the profile says so.
+    With `out`, a journal beside it holds what is finished, and `resume` goes on from there; saving the profile and
+    removing the journal is the caller's. With max_minutes, fewer texts than asked for (at least 4) are replayed once
+    the time is up, and the profile says so.
     """
     began = time.perf_counter()
     session = open_session(model, dtype=dtype, device=device)
-    return measure(model, session, dataset, settings=_checked(settings, session), progress=progress, began=began)
+    return measure(model, session, dataset, settings=settings, progress=progress, began=began, out=out, resume=resume)
 
 
-def measure(model: str, session: Session, dataset: Sequence[str], *, settings: Settings, progress: Progress, began: float) -> Profile:
+def measure(
+    model: str,
+    session: Session,
+    dataset: Sequence[str],
+    *,
+    settings: Settings,
+    progress: Progress,
+    began: float,  # perf_counter when the clock of the profile started
+    out: str | Path | None = None,
+    resume: bool = False,
+) -> Profile:
     """The same with a model that is already loaded."""
     from planner.profiler.device import complaints, describe_device, read_environment
     from planner.profiler.texts import draw_prompts, expand
 
+    settings = _checked(settings, session)
     environment = read_environment(session.model.device)
+    device = describe_device(session.model.device)
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
+    header = _Run(
+        planner_version=planner.__version__, fingerprint=session.model.fingerprint, device=device.name, num_cores=device.num_cores,
+        dtype=str(session.model.dtype), settings=settings._replace(max_minutes=None), texts=[prompt.key for prompt in prompts],
+    )  # fmt: skip
+    journal = None if out is None else Journal(journal_path(out), header, resume=resume)
+    done = list(journal.entries(_RoundsDone | _TextsDone)) if journal else []
     deadline = None if settings.max_minutes is None else began + 60 * settings.max_minutes
-    clock = _Clock(began)
-    latency = _measure_latency(session, prompts[0], settings, progress)
+    clock = _Clock(began, {"earlier": sum(entry.minutes for entry in done)} if done else {})
+
+    def finish(entry: "_RoundsDone | _TextsDone") -> None:
+        if journal:
+            journal.add(entry)
+        done.append(entry)
+
+    grounds = _prepare(session, prompts[0], settings)
+    rounds = next((entry for entry in done if isinstance(entry, _RoundsDone)), None)
+    if rounds is None:
+        rounds = _measure_latency(session, grounds, settings, progress)
+        finish(rounds)
     clock.stop("latency")
-    acceptance = _measure_acceptance(session, prompts, settings, deadline, progress)
+    warnings = []
+    known = {(entry.first, entry.context_len, entry.sampler) for entry in done if isinstance(entry, _TextsDone)}
+    for entry in _measure_acceptance(session, prompts, settings, known, deadline, progress, warnings):
+        finish(entry)
     clock.stop("acceptance")
-    drift, _failures = _again(session, latency, settings)
+    texts, samples, prefill = _assembled([entry for entry in done if isinstance(entry, _TextsDone)], settings)
+    drift = _again(session, grounds, settings)
     clock.stop("drift")
     return Profile(
         model=model,
@@ -68,20 +119,20 @@ def measure(model: str, session: Session, dataset: Sequence[str], *, settings: S
         weights_bytes=session.model.nbytes,
         dtype=str(session.model.dtype).removeprefix("torch."),
         execution_mode="eager",
-        device=describe_device(session.model.device),
+        device=device,
         environment=environment,
         seed=settings.seed,
         contexts=settings.contexts,
         samplers=settings.samplers,
         max_draft_len=settings.max_draft_len,
-        texts=acceptance.texts,
-        acceptance=acceptance.samples,
-        rounds=latency.rounds + drift,
-        prefill=[PrefillSample(context_len=c, seconds=acceptance.prefill_s[c]) for c in settings.contexts],
-        memory=latency.memory,
-        failures=latency.failures,
+        texts=texts,
+        acceptance=samples,
+        rounds=rounds.rounds + drift,
+        prefill=prefill,
+        memory=rounds.memory,
+        failures=rounds.failures,
         minutes=clock.minutes,
-        warnings=complaints(environment) + acceptance.warnings + _repetition(acceptance.texts),
+        warnings=complaints(environment) + warnings + _repetition(texts),
     )
 
 
@@ -109,24 +160,43 @@ def latency_cells(settings: Settings) -> list[DraftConfig]:
     return cells
 
 
-class _Latency(NamedTuple):
-    grounds: dict
-    rounds: list
+class _Run(msgspec.Struct, kw_only=True):
+    """What must agree for a profile to be resumed."""
+
+    planner_version: str
+    fingerprint: str
+    device: str
+    num_cores: int | None
+    dtype: str
+    settings: Settings
+    texts: list[str]
+
+
+class _RoundsDone(msgspec.Struct, kw_only=True, tag="rounds"):
+    """All of the latency cells."""
+
+    rounds: list[RoundSample]
     memory: list[MemorySample]
-    failures: list
+    failures: list[Failure]
+    minutes: float
 
 
-class _Acceptance(NamedTuple):
-    texts: list
-    samples: list[AcceptanceSample]
-    prefill_s: dict[int, list[float]]
-    warnings: list[str]
+class _TextsDone(msgspec.Struct, kw_only=True, tag="texts"):
+    """A group of texts, written and replayed at one context under one sampler."""
+
+    first: int  # index of the group's first prompt
+    context_len: int
+    sampler: Sampler
+    prefill_s: list[Seconds]  # of each prompt
+    texts: list[Text]
+    samples: list[AcceptanceSample]  # text counts within the group
+    minutes: float
 
 
 class _Clock:
-    def __init__(self, began: float):
+    def __init__(self, began: float, minutes: dict[str, float]):
         self._last = began
-        self.minutes: dict[str, float] = {}
+        self.minutes = minutes
 
     def stop(self, stage: str) -> None:
         now = time.perf_counter()
@@ -157,40 +227,53 @@ def _checked(settings: Settings, session: Session) -> Settings:
     )
 
 
-def _measure_latency(session: Session, prompt, settings: Settings, progress: Progress) -> _Latency:
+def _prepare(session: Session, prompt, settings: Settings) -> dict:
+    """One prompt prefilled to every context, to time rounds on."""
     import torch
 
-    from planner.profiler.device import PeakMemory
-    from planner.profiler.latency import PASSES, Ground, measure_rounds, rounds_room
+    from planner.profiler.latency import Ground, rounds_room
     from planner.runtime.model import prefill
 
-    model, cells = session.model, latency_cells(settings)
-    progress.stage("latency", PASSES * len(cells) * len(settings.contexts))
-    memory = PeakMemory(model.device)
-    memory.reset()
-    grounds = {}
+    model, grounds = session.model, {}
     for context_len in settings.contexts:
         tokens = prompt.tokens[:context_len]
         cache = model.new_cache(context_len + rounds_room(settings.max_draft_len))
         logits = prefill(model, torch.tensor([tokens], device=model.device), cache)
         grounds[context_len] = Ground(tokens, cache, logits)
+    return grounds
+
+
+def _measure_latency(session: Session, grounds: dict, settings: Settings, progress: Progress) -> _RoundsDone:
+    from planner.profiler.device import PeakMemory
+    from planner.profiler.latency import PASSES, measure_rounds
+
+    began = time.perf_counter()
+    model, cells = session.model, latency_cells(settings)
+    progress.stage("latency", PASSES * len(cells) * len(settings.contexts))
+    memory = PeakMemory(model.device)
+    memory.reset()
     rounds, failures = measure_rounds(model, grounds, cells, _warmest(settings), seed=settings.seed, on_pass=progress.advance)
     known = model.nbytes + sum(ground.cache.nbytes for ground in grounds.values())
     peak = max(0, memory.read() - session.base_bytes)
     sample = MemorySample(context_len=max(settings.contexts), known_bytes=known, peak_bytes=peak, base_bytes=session.base_bytes)
-    return _Latency(grounds, rounds, [sample], failures)
+    return _RoundsDone(rounds=rounds, memory=[sample], failures=failures, minutes=(time.perf_counter() - began) / 60)
 
 
-def _again(session: Session, latency: _Latency, settings: Settings):
+def _again(session: Session, grounds: dict, settings: Settings) -> list[RoundSample]:
     """The first cell once more: has the machine changed?"""
     from planner.profiler.latency import measure_rounds
 
-    context_len = settings.contexts[0]
-    grounds = {context_len: latency.grounds[context_len]}
-    return measure_rounds(session.model, grounds, [PLAIN], _warmest(settings), seed=settings.seed, role="drift")
+    first = {settings.contexts[0]: grounds[settings.contexts[0]]}
+    return measure_rounds(session.model, first, [PLAIN], _warmest(settings), seed=settings.seed, role="drift")[0]
 
 
-def _measure_acceptance(session: Session, prompts: list, settings: Settings, deadline: float | None, progress: Progress) -> _Acceptance:
+def _measure_acceptance(
+    session: Session, prompts: list, settings: Settings, known: set[tuple], deadline: float | None, progress: Progress, warnings: list[str]
+) -> Iterator[_TextsDone]:  # fmt: skip
+    """Groups of prompts, each continued at every context under every sampler; what is known is passed over.
+
+    A shorter context is the beginning of the longer one's prompt, so prefill goes on where it was.
+    """
     import torch
 
     from planner.profiler.acceptance import replay, write_texts
@@ -203,15 +286,18 @@ def _measure_acceptance(session: Session, prompts: list, settings: Settings, dea
     capacity = cache_capacity(max(settings.contexts), settings.output_len, 0)
     stream_bytes = capacity * model.spec.kv_bytes_per_token(str(model.dtype).removeprefix("torch."))
     group = max(1, min(MAX_GROUP, int(available_memory(model.device) * GROUP_SHARE / stream_bytes)))
-    found = _Acceptance([], [], {c: [] for c in settings.contexts}, [])
     progress.stage("texts", len(prompts) * len(settings.contexts) * (1 + len(settings.samplers)))
     for first in range(0, len(prompts), group):
         batch = prompts[first : first + group]
+        todo = [(c, s) for c in settings.contexts for s in settings.samplers if (first, c, s) not in known]
+        progress.advance(len(batch) * (len(settings.contexts) * len(settings.samplers) - len(todo)))
+        if not todo:
+            continue
         if first >= MIN_TEXTS and deadline is not None and time.perf_counter() > deadline:
-            found.warnings.append(f"stopped after {first} of {len(prompts)} texts, --max-minutes was up: intervals are wider than asked for")
-            break
+            warnings.append(f"stopped after {first} of {len(prompts)} texts, --max-minutes was up: intervals are wider than asked for")
+            return
         cache = model.new_cache(capacity, batch=len(batch))
-        elapsed = [0.0] * len(batch)
+        elapsed, last = [0.0] * len(batch), time.perf_counter()
         for begin, context_len in zip([0, *settings.contexts], settings.contexts):
             logits = []
             cache.truncate(begin)
@@ -220,27 +306,45 @@ def _measure_acceptance(session: Session, prompts: list, settings: Settings, dea
                 before = synchronize(model.device)
                 logits.append(prefill(model, torch.tensor([prompt.tokens[begin:context_len]], device=model.device), stream))
                 elapsed[b] += synchronize(model.device) - before
-                found.prefill_s[context_len].append(elapsed[b])
                 progress.advance()
             for number, sampler in enumerate(settings.samplers):
+                if (context_len, sampler) not in todo:
+                    continue
                 cache.lengths = [context_len] * len(batch)
                 seeds = [settings.seed + 1000 * number + first + b for b in range(len(batch))]
-                written = write_texts(
+                texts, samples = [], []
+                for text, target_text in write_texts(
                     model, cache, batch, context_len, torch.cat(logits), sampler, output_len=settings.output_len,
                     stop_tokens=session.tokenizer.stop_tokens, seeds=seeds,
-                )  # fmt: skip
-                for text, target_text in written:
-                    found.texts.append(text)
-                    found.samples.extend(replay(model, target_text, config, len(found.texts) - 1) for config in configs)
+                ):  # fmt: skip
+                    samples += [replay(model, target_text, config, len(texts)) for config in configs]
+                    texts.append(text)
                     progress.advance()
+                now = time.perf_counter()
+                yield _TextsDone(
+                    first=first, context_len=context_len, sampler=sampler, prefill_s=list(elapsed), texts=texts, samples=samples,
+                    minutes=(now - last) / 60,
+                )  # fmt: skip
+                last = now
+            cache.lengths = [context_len] * len(batch)
+
+
+def _assembled(done: list[_TextsDone], settings: Settings) -> tuple[list[Text], list[AcceptanceSample], list[PrefillSample]]:
+    texts, samples = [], []
+    prefill_s = {context_len: {} for context_len in settings.contexts}
+    for entry in sorted(done, key=lambda entry: (entry.context_len, settings.samplers.index(entry.sampler), entry.first)):
+        samples += [msgspec.structs.replace(sample, text=sample.text + len(texts)) for sample in entry.samples]
+        texts += entry.texts
+        prefill_s[entry.context_len][entry.first] = entry.prefill_s
     for context_len in settings.contexts:
         for sampler in settings.samplers:
-            count = sum(text.context_len == context_len and text.sampler == sampler for text in found.texts)
+            count = sum(text.context_len == context_len and text.sampler == sampler for text in texts)
             if count < MIN_TEXTS:
                 raise BadInput(
                     f"an interval needs at least {MIN_TEXTS} texts, only {count} grew beyond one token at context {context_len}; use other prompts"
                 )
-    return found
+    prefill = [PrefillSample(context_len=c, seconds=[s for group in prefill_s[c].values() for s in group]) for c in settings.contexts]
+    return texts, samples, prefill
 
 
 def _warmest(settings: Settings) -> Sampler:

@@ -31,6 +31,7 @@ class Point(NamedTuple):
     """Mean phases of the rounds of one cell that drafted the same number of tokens."""
 
     cell: int
+    context_len: int
     drafter: DrafterSpec
     drafted: int
     read: int
@@ -55,9 +56,9 @@ class LatencyModel:
         self.max_draft_len = {drafter: max(x.draft_len for x in samples if x.drafter == drafter) for drafter in self._start_s}
         self.drift = _drift(profile)
 
-        scores = {form: self._leave_out_errors(points, form) for form in FORMS}
+        scores = {form: self._errors(points, form) for form in FORMS}
         self.form = min(FORMS, key=lambda form: (_rms(scores[form]), FORMS.index(form)))
-        self._fits = [_Fit(points, self.form), *(fit for fit, _ in self._leave_one_out(points, self.form))]
+        self._fits = [_Fit(points, self.form), *(fit for fit, _ in self._without(points, _groups(points, "cell"), self.form))]
         errors = scores[self.form]
         self.error = max(_rms(errors), _rms([point.standard_error for point in points]))  # relative, of a round in a cell not measured
         self.plain_error = _rms([point.standard_error for point in points if point.drafter.kind == "none"])
@@ -91,15 +92,17 @@ class LatencyModel:
             prefill = float(np.interp(context_len, contexts, means))
         return prefill + self._start_s[config.drafter], prefill * spread
 
-    def _leave_one_out(self, points: list[Point], form: str):
-        for cell in sorted({point.cell for point in points}):
-            kept, left = [p for p in points if p.cell != cell], [p for p in points if p.cell == cell]
+    def _without(self, points: list[Point], groups: list[list[Point]], form: str):
+        """Fits with one group of points left out each, and the group; groups that the rest says nothing about are passed over."""
+        for left in groups:
+            kept = [p for p in points if p not in left]
             if all(_determined(kept, point) for point in left):
                 yield _Fit(kept, form), left
 
-    def _leave_out_errors(self, points: list[Point], form: str) -> list[float]:
+    def _errors(self, points: list[Point], form: str) -> list[float]:
+        """Relative errors of predicted rounds: at widths of which nothing was left in, then in cells left out one at a time."""
         errors = []
-        for fit, left in self._leave_one_out(points, form):
+        for fit, left in self._without(points, _groups(points, "drafted") + _groups(points, "cell"), form):
             for p in left:
                 predicted = fit.round_s(p.drafter, np.array([p.drafted]), p.read, p.position)[0]
                 errors.append(predicted / (p.draft_s + p.verify_s + p.commit_s) - 1)
@@ -118,7 +121,7 @@ class _Fit:
     """One fit of all phases."""
 
     def __init__(self, points: list[Point], form: str):
-        many_contexts = len({round(p.position, -2) for p in points}) > 1
+        many_contexts = len({p.context_len for p in points}) > 1
         plain = [p for p in points if p.drafter.kind == "none"]
         self._plain = _nonnegative([_line(p.position, many_contexts) for p in plain], [p.draft_s + p.verify_s + p.commit_s for p in plain])
         self._many_contexts = many_contexts
@@ -128,7 +131,7 @@ class _Fit:
         self._widths = sorted({p.drafted + 1 for p in wide})
         self._verify = _nonnegative([self._verify_row(p.drafted + 1, p.position) for p in wide], [p.verify_s for p in wide])
         self._floor = 0.0
-        if form == "floor":
+        if form == "floor" and wide:
             self._fit_floor(wide)
         narrow = [p.verify_s for p in plain]
         self._narrow = _nonnegative([_line(p.position, many_contexts) for p in plain], narrow)
@@ -188,20 +191,24 @@ def _points(cell: int, sample: RoundSample) -> list[Point]:
     for drafted, rows in by_drafted.items():
         mean = [float(np.mean(np.array(values)[rows])) for values in (sample.position, sample.draft_s, sample.verify_s, sample.commit_s)]
         error = float(np.std(total[rows], ddof=1) / np.sqrt(len(rows)) / total[rows].mean()) if len(rows) > 1 else 0.0
-        found.append(Point(cell, sample.drafter, drafted, read, *mean, error))
+        found.append(Point(cell, sample.context_len, sample.drafter, drafted, read, *mean, error))
     return found
 
 
+def _groups(points: list[Point], field: str) -> list[list[Point]]:
+    return [[p for p in points if getattr(p, field) == value] for value in sorted({getattr(p, field) for p in points})]
+
+
 def _determined(points: list[Point], left: Point) -> bool:
-    """Whether what remains says anything about a cell that was left out: the drafter was timed, and the context's slope is known."""
-    same = [p for p in points if (p.drafter.kind == "none") == (left.drafter.kind == "none")]
-    if left.drafter.kind != "none" and not any(p.drafter == left.drafter for p in points):
+    """Whether what remains says anything about a point that was left out, without extrapolating in context or width."""
+    plain = left.drafter.kind == "none"
+    same = [p for p in points if (p.drafter.kind == "none") == plain]
+    if not plain and not any(p.drafter == left.drafter for p in points):
         return False
-    widths = {p.drafted for p in same} if left.drafter.kind != "none" else {0}
-    within = min(widths, default=1) <= left.drafted <= max(widths, default=0)
-    contexts = {round(p.position, -2) for p in same}
-    needed = {round(p.position, -2) for p in [*points, left]}
-    return within and (len(contexts) > 1 or len(needed) == 1)
+    contexts = {p.context_len for p in same}
+    widths = {p.drafted for p in same}
+    inside = bool(widths) and min(widths) <= left.drafted <= max(widths)
+    return inside and (len(contexts) > 1 or contexts == {p.context_len for p in [*points, left]})
 
 
 def _line(position: float, with_slope: bool) -> np.ndarray:
@@ -231,11 +238,12 @@ def _drift(profile: Profile) -> float:
     again = next((sample for sample in profile.rounds if sample.role == "drift"), None)
     if again is None:
         return 0.0
-    first = next(
-        x
-        for x in profile.rounds
-        if x.role == "cell" and (x.drafter, x.kv, x.draft_len, x.context_len) == (again.drafter, again.kv, again.draft_len, again.context_len)
-    )
+    key = (again.drafter, again.kv, again.draft_len, again.context_len)
+    first = next((x for x in profile.rounds if x.role == "cell" and (x.drafter, x.kv, x.draft_len, x.context_len) == key), None)
+    if first is None:
+        raise BadInput(
+            f"a drift sample repeats a cell, the profile has none of draft_len {again.draft_len} at context {again.context_len}; profile again"
+        )
     return float(np.median(again.round_s) / np.median(first.round_s) - 1)
 
 

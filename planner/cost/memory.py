@@ -7,7 +7,7 @@ import numpy as np
 
 from planner.measurements import Profile
 from planner.plans import Interval
-from planner.specs import DraftConfig, DType, ModelSpec, SparseKV, Workload
+from planner.specs import CHUNK_SIZE, DraftConfig, DType, ModelSpec, SparseKV, Workload
 
 
 def full_cache_bytes(model: ModelSpec, dtype: DType, *, capacity: int, batch: int = 1) -> int:
@@ -50,4 +50,5 @@ def largest_budget(profile: Profile, config: DraftConfig, workload: Workload, ca
     assert isinstance(config.kv, SparseKV)
     without = resident_bytes(profile, config, workload).value - config.kv.budget * profile.target.kv_bytes_per_token(profile.dtype)
     budget = int((cap_bytes - without) // profile.target.kv_bytes_per_token(profile.dtype))
-    return budget if budget >= config.kv.sink + config.kv.recent else None
+    least = config.kv.recent + (CHUNK_SIZE if config.kv.selection == "chunk" else config.kv.sink)
+    return budget if budget >= least else None

@@ -68,7 +68,7 @@ def replay(model: Transformer, written: TargetText, config: DraftConfig, text_in
         drafter=config.drafter,
         kv=config.kv,
         accept_prob=Packed.pack((result.accept_prob * 255).round()),
-        drafted=Packed.pack(result.drafted.clip(max=255)),
+        drafted=Packed.pack(result.drafted),
     )
 
 

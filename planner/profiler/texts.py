@@ -4,6 +4,7 @@ A slot is a stretch of a file that no other prompt overlaps, so that a check can
 Files are taken in turn, kind by kind, so that every kind of text weighs the same.
 """
 
+import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ MAX_CHATS = 1_000_000
 
 class Prompt(NamedTuple):
     kind: str  # stratum: the folder's name where files come from several, else the file's
-    source: str  # file name
+    source: str  # file name and the beginning of its sha256
     offset: int  # the first token (raw text) or chat in the file
     extent: int  # how many of them it takes
     tokens: list[int]
@@ -45,12 +46,16 @@ def draw_prompts(
     """`count` prompts of exactly `length` tokens, stratified over kinds and files. BadInput if there are not enough."""
     if not files:
         raise BadInput("prompts come from files: give --dataset FILE[,FILE...] (.txt raw, .jsonl chats or prompts)")
+    if length < 2:
+        raise BadInput(f"a prompt needs at least 2 tokens, got a context of {length}; raise it")
     rng = np.random.default_rng(seed)
     taken = _taken(seen)
     by_kind = defaultdict(list)  # kind -> prompts of each of its files, shuffled
     for path, kind in zip(files, _kinds(files), strict=True):
-        prompts = [Prompt(kind, path.name, *slot) for slot in _slots(tokenizer, path, length)]
-        prompts = [prompt for prompt in prompts if not _overlaps(prompt, taken[path.name])]
+        content = read_bytes(path, "dataset")
+        source = f"{path.name}#{hashlib.sha256(content).hexdigest()[:8]}"  # the same file elsewhere is still the same
+        prompts = [Prompt(kind, source, *slot) for slot in _slots(tokenizer, path, content, length)]
+        prompts = [prompt for prompt in prompts if not _overlaps(prompt, taken[source])]
         by_kind[kind].append([prompts[i] for i in rng.permutation(len(prompts))])
     available = sum(len(prompts) for files_of_kind in by_kind.values() for prompts in files_of_kind)
     if available < count:
@@ -64,7 +69,7 @@ def expand(paths: list[str]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl"))
+            files += sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
         elif path.is_file():
             files.append(path)
         else:
@@ -80,9 +85,8 @@ def distinct_4grams(tokens: list[int]) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def _slots(tokenizer: Tokenizer, path: Path, length: int) -> Iterator[tuple[int, int, list[int]]]:
+def _slots(tokenizer: Tokenizer, path: Path, content: bytes, length: int) -> Iterator[tuple[int, int, list[int]]]:
     """Offset, extent and tokens of the stretches of a file that make one prompt each."""
-    content = read_bytes(path, "dataset")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -116,7 +120,7 @@ def _chat_slots(tokenizer: Tokenizer, chats: list[list[dict]], length: int) -> I
 
 def _read_chats(path: Path, text: str) -> list[list[dict]]:
     chats = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         if len(chats) >= MAX_CHATS:
@@ -162,7 +166,7 @@ def _taken(seen: list[str]) -> dict[str, list[tuple[int, int]]]:
     for key in seen:
         source, _, rest = key.rpartition("@")
         offset, _, length = rest.partition("+")
-        if not (offset.isdecimal() and length.isdecimal()):
+        if not (offset.isdecimal() and length.isdecimal() and len(offset + length) < 30):
             raise BadInput(f"a text is named source@offset+length, got {key[:100]!r}")
         taken[source].append((int(offset), int(offset) + int(length)))
     return taken

@@ -101,7 +101,7 @@ class Layer(nn.Module):
         keys, values = cache.append(self.index, rotate(k, cos, sin), v)
         rows = rotate(q, cos, sin).reshape(B, G, H // G * n, spec.head_dim)
         attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
-        x = x + linear(attended.view(B, H, n, spec.head_dim).transpose(1, 2).reshape(B, n, -1), self.attention_out)
+        x = x + linear(attended.reshape(B, H, n, spec.head_dim).transpose(1, 2).reshape(B, n, -1), self.attention_out)
 
         gate, up = linear(F.rms_norm(x, self.mlp_norm.shape, self.mlp_norm, spec.rms_norm_eps), self.gate_up).chunk(2, dim=-1)
         return x + linear(F.silu(gate) * up, self.mlp_out)

@@ -38,7 +38,7 @@ def sample(
 
 
 def uniforms(generators: list[torch.Generator], count: int) -> Tensor:  # [B, count] float64 in [0, 1)
-    """Random numbers, a generator per stream: what a stream draws does not depend on its neighbours."""
+    """Random numbers, from a generator per stream."""
     rows = [torch.rand(count, generator=g, dtype=torch.float64, device=g.device) for g in generators]
     return torch.stack(rows)
 
@@ -50,7 +50,8 @@ def _cut(logits: Tensor, sampler: Sampler) -> Tensor:
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if sampler.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the tokens in front; the first always stays
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, before >= sampler.top_p)
+        mass = ordered.double().softmax(-1).cumsum(-1)
+        beyond = torch.cat([torch.zeros_like(mass[..., :1], dtype=torch.bool), mass[..., :-1] >= sampler.top_p], -1)  # the likeliest always stays
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, beyond)
         logits = logits.masked_fill(dropped, -torch.inf)
     return logits

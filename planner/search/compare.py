@@ -3,14 +3,18 @@
 import numpy as np
 from scipy import stats
 
+from planner.errors import BadInput
 from planner.plans import CONFIDENCE, Interval, Objective, Trial
 from planner.specs import DraftConfig
 
 
 def objective_by_text(trials: list[Trial], objective: Objective) -> dict[DraftConfig, dict[str, float]]:
-    """Seconds by configuration and text."""
+    """Seconds by configuration and text. A text that ended with its first token has no time per later token."""
     table: dict[DraftConfig, dict[str, float]] = {}
     for trial in trials:
+        if trial.output_len < 2:
+            table.setdefault(trial.config, {})
+            continue
         table.setdefault(trial.config, {})[trial.text] = trial.tpot_s if objective == "tpot" else trial.e2e_s
     return table
 
@@ -18,6 +22,8 @@ def objective_by_text(trials: list[Trial], objective: Objective) -> dict[DraftCo
 def paired_ratio(a: dict[str, float], b: dict[str, float], confidence: float = CONFIDENCE) -> Interval:
     """Geometric mean of a / b over the texts both ran, minus 1, with Student's interval. One text alone has no bounds but -1 and 1e9."""
     shared = sorted(a.keys() & b.keys())
+    if not shared:
+        raise BadInput("a paired comparison needs a text that both configurations ran, there is none; use other prompts")
     logs = np.log([a[text] / b[text] for text in shared])
     if not logs.any():
         return Interval(value=0.0, low=0.0, high=0.0)

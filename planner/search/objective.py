@@ -19,7 +19,7 @@ from planner.errors import BadInput
 from planner.measurements import Profile
 from planner.plans import CONFIDENCE, Estimate, Interval, Objective
 from planner.specs import DraftConfig, SparseKV, Workload
-from planner.units import GIB
+from planner.units import format_bytes
 
 
 class Models(NamedTuple):
@@ -128,7 +128,7 @@ def refusal(models: Models, prediction: Prediction, workload: Workload, cap_byte
     if cap_bytes is None or needed <= cap_bytes:
         return None
     config = prediction.estimate.config
-    reason = f"needs {needed / GIB:.2f} GiB of {cap_bytes / GIB:.2f} GiB"
+    reason = f"needs {format_bytes(needed)} of {format_bytes(cap_bytes)}"
     if isinstance(config.kv, SparseKV):
         largest = largest_budget(models.profile, config, workload, cap_bytes)
         reason += f"; the largest kv_budget that fits is {largest}" if largest else "; no kv_budget fits"

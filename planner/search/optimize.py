@@ -4,13 +4,14 @@ The space is small (drafters x policies x budgets x draft_len), so all of it is 
 """
 
 import math
+import shlex
 
 import planner
 from planner.errors import BadInput
 from planner.measurements import Profile
 from planner.plans import Interval, Objective, Plan, Rejected, Tie
 from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict, refusal, text_share, with_speedup
-from planner.specs import PLAIN, DraftConfig, SparseKV, Workload, describe
+from planner.specs import PLAIN, DraftConfig, DType, SparseKV, Workload
 
 NUM_RUNNERS_UP = 3
 MAX_TIES = 5
@@ -26,21 +27,20 @@ def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, obje
     baseline = predict(models, PLAIN, workload)
     if reason := refusal(models, baseline, workload, memory_cap_bytes):
         raise BadInput(f"plain decoding alone {reason}; raise --memory-cap, shorten the context or use a smaller model")
-    feasible, rejected = [baseline], []
+    feasible, refused, unanswered = [baseline], [], []
     for config in candidates(models):
         try:
             prediction = with_speedup(predict(models, config, workload), baseline, objective)
         except BadInput as error:
-            if config.drafter.kind == "none":
-                raise
-            rejected.append(Rejected(config=config, reason=str(error)))
+            unanswered.append(Rejected(config=config, reason=str(error)))
             continue
         if reason := refusal(models, prediction, workload, memory_cap_bytes):
-            rejected.append(Rejected(config=config, reason=reason))
+            refused.append(Rejected(config=config, reason=reason))
         else:
             feasible.append(prediction)
-    if len(feasible) == 1 and rejected and all(reject.reason == rejected[0].reason for reject in rejected):
-        raise BadInput(rejected[0].reason)  # not a single drafter was profiled for this workload
+    if len(feasible) == 1 and unanswered and not refused:
+        raise BadInput(unanswered[0].reason)  # not a single drafter was profiled for this workload
+    rejected = refused + unanswered
 
     feasible.sort(key=lambda prediction: objective_s(prediction.estimate, objective))
     chosen = feasible[0]
@@ -70,7 +70,7 @@ def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, obje
         latency_error=models.latency.error,
         latency_form=models.latency.form,
         seen_texts=sorted({f"{text.source}@{text.offset}+{text.extent}" for text in profile.texts}),
-        command=command(profile.model, chosen.estimate.config, workload),
+        command=command(profile.model, profile.dtype, chosen.estimate.config, workload),
         notes=_notes(models, chosen),
     )
 
@@ -116,9 +116,11 @@ def _what_settles(chosen: Prediction, other: Prediction, gap: Interval) -> str:
     return f"run them: planner check PLAN --epsilon {max(NEGLIGIBLE, abs(gap.value)):.0%}; the fit is no more certain than that"
 
 
-def command(model: str, config: DraftConfig, workload: Workload) -> str:
+def command(model: str, dtype: DType, config: DraftConfig, workload: Workload) -> str:
     """The line to paste: the own runtime with the chosen setting."""
-    words = ["planner generate", f"--model {model}", f"--drafter {config.drafter.kind}"]
+    words = (
+        ["planner generate", f"--model {shlex.quote(model)}"] + [f"--dtype {dtype}"] * (dtype != "bfloat16") + [f"--drafter {config.drafter.kind}"]
+    )
     if isinstance(config.kv, SparseKV):
         words += [f"--kv-budget {config.kv.budget}", f"--selection {config.kv.selection}"]
         default = SparseKV(budget=config.kv.budget, selection=config.kv.selection)
@@ -128,7 +130,7 @@ def command(model: str, config: DraftConfig, workload: Workload) -> str:
     if config.draft_len:
         words += [f"--draft-len {config.draft_len}"]
     sampler = workload.sampler
-    words += [f"--temperature {sampler.temperature:g}", *([f"--top-p {sampler.top_p:g}"] * (sampler.top_p < 1))]
+    words += [f"--temperature {sampler.temperature}", *([f"--top-p {sampler.top_p}"] * (sampler.top_p < 1))]
     words += [f"--top-k {sampler.top_k}"] * (sampler.top_k > 0) + [f"--max-new-tokens {workload.output_len}", "--prompt-file PROMPT.txt"]
     return " ".join(words)
 

@@ -3,6 +3,8 @@
 accept_prob[s, i] is the chance that draft i of a round behind token s is kept, given the text, min(1, q / p).
 """
 
+import functools
+import operator
 from collections import Counter
 
 import numpy as np
@@ -11,8 +13,8 @@ import torch
 from tiny import prefilled, random_prompt, tiny_model
 
 from planner.cost.renewal import expected_rounds
-from planner.profiler.acceptance import write_texts
 from planner.profiler.acceptance import replay as stored_replay
+from planner.profiler.acceptance import write_texts
 from planner.profiler.texts import Prompt
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter, self_sparse
@@ -74,7 +76,7 @@ class Forced:
 def judged_by_the_drafter(model, config, text: TargetText, forced: Forced, strides=None):
     """accept_prob and drafted from propose() itself, in rounds that start behind token 0, then behind the ones `strides` lead to."""
     tokens = text.tokens
-    cache, logits = prefilled(model, [text.prompt], cache_capacity(len(text.prompt), len(tokens), K))
+    cache, _logits = prefilled(model, [text.prompt], cache_capacity(len(text.prompt), len(tokens), K))
     drafter = make_drafter(config, model)
     history = text.prompt + tokens[:1]
     drafter.start(cache, [text.prompt])
@@ -213,7 +215,7 @@ def test_greedy_rounds_are_exact_for_a_text_that_a_stop_token_ends(model, config
         assert walked(model, texts, config).rounds[0] == pytest.approx(len(drafted[0]), abs=1e-9)
 
 
-TEXTS = 250
+TEXTS = 150
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +263,7 @@ def test_the_stored_sample_is_the_replay_in_steps_of_one_255th(model):
 
 def test_token_probs_of_a_written_text_are_those_of_a_pass_token_by_token(model):
     (text,) = written(model, random_prompt(40), WARM)
-    cache, logits = prefilled(model, [text.prompt], 100)
+    cache, _logits = prefilled(model, [text.prompt], 100)
     with torch.inference_mode():
         for s, token in enumerate(text.tokens[:-1]):
             position = torch.tensor([[len(text.prompt) + s]])
@@ -271,7 +273,6 @@ def test_token_probs_of_a_written_text_are_those_of_a_pass_token_by_token(model)
             assert float(text.token_probs[s]) == pytest.approx(float(p), abs=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a token that the wide pass cuts off has p = 0; 0 / 0 is NaN, and NaN is stored as 0")
 def test_a_token_that_the_wide_pass_finds_impossible_gives_no_nan(model):
     """In bfloat16 the wide and the narrow pass disagree about the edge of top_k; SmolLM2 with top_k 5 does so once in some hundred tokens."""
     (text,) = written(model, random_prompt(75), Sampler(temperature=1.0, top_k=2))
@@ -282,7 +283,21 @@ def test_a_token_that_the_wide_pass_finds_impossible_gives_no_nan(model):
     assert np.isfinite(make_drafter(sparse(POLICIES[0]), model).replay(text._replace(token_probs=unlikely), K).accept_prob).all()
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: drafted is clipped at 255 in silence, max_draft_len may be 1024")
 def test_long_drafts_are_stored_as_long_as_they_are(model):
     (text,) = written(model, random_prompt(20), GREEDY, output_len=3)
     assert stored_replay(model, text, sparse(POLICIES[0], 300), 0).drafted.unpack().tolist() == [300, 300]
+
+
+def test_sampled_streams_decode_as_they_do_alone_beside_neighbours_that_draft_more(model):
+    """The promise of sampling.uniforms: what a stream draws does not depend on its neighbours. Self-sparse drafters keep it."""
+    prompts = [random_prompt(length, seed=length) for length in (90, 33, 61)]
+
+    def texts(streams):
+        cache, logits = prefilled(model, [prompts[b] for b in streams], 140)
+        rounds = decode(
+            model, cache, [prompts[b] for b in streams], logits, make_drafter(ngram(5), model, batch=len(streams)), draft_len=5, sampler=WARM,
+            generators=[torch.Generator().manual_seed(b) for b in streams], max_new_tokens=40,
+        )  # fmt: skip
+        return [functools.reduce(operator.iadd, pieces, []) for pieces in zip(*(round_.tokens for round_ in rounds))]
+
+    assert texts([0, 1, 2]) == [texts([b])[0] for b in range(3)]

@@ -73,7 +73,9 @@ class SelfSparseDrafter:
             cache, mask = self._rounds(text.cache, fixed, starts + L, K)
             hidden = self.model(tokens[reads][None], (L + reads)[None], cache, mask).hidden[0]
             q = probability_of(self.model.logits(hidden), tokens[judged_on], text.sampler)
-            w = (q / text.token_probs[judged_on - 1]).clamp(max=1.0) * inside
+            p = text.token_probs[judged_on - 1]
+            # p = 0: a top_p or top_k cut that the wide pass puts elsewhere than the narrow one did; the limit of q / p.
+            w = torch.where(p > 0, q / p, (q > 0).float()).clamp(max=1.0) * inside
             accept_prob[first : first + len(starts)] = w.view(-1, K).cpu().numpy()
         return Replay(accept_prob, np.full(T - 1, K))
 

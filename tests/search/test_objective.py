@@ -1,0 +1,181 @@
+"""Estimates: what a made profile implies, with intervals that contain it."""
+
+import math
+
+import numpy as np
+import pytest
+from made import FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_s, made_profile
+
+from planner.cost import latency
+from planner.cost.renewal import expected_rounds
+from planner.errors import BadInput
+from planner.measurements import MemorySample
+from planner.search.objective import difference, fit_models, objective_s, predict, refusal, with_speedup
+from planner.specs import PLAIN, DraftConfig, FullKV, SparseKV, Workload
+
+OUTPUT = 33
+
+
+def workload(context_len=1024, output_len=OUTPUT, sampler=GREEDY):
+    return Workload(context_len=context_len, output_len=output_len, sampler=sampler)
+
+
+def sparse(draft_len, budget=64):
+    return DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=budget), draft_len=draft_len)
+
+
+def rounds_per_token(accept: float, draft_len: int, output_len: int = OUTPUT) -> float:
+    """By dynamic programming over the tokens still to write: drafts never reach beyond the last token but one."""
+    rounds = [0.0]
+    for left in range(1, output_len):
+        room = min(draft_len, left - 1)
+        ends = [accept**n * (1 - accept) for n in range(room)] + [accept**room]
+        rounds.append(1 + sum(p * rounds[left - n - 1] for n, p in enumerate(ends)))
+    return rounds[-1] / (output_len - 1)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return fit_models(made_profile())
+
+
+@pytest.mark.parametrize("draft_len", [1, 2, 3, 4])
+def test_tokens_per_round_are_those_of_a_constant_acceptance(models, draft_len):
+    found = predict(models, sparse(draft_len), workload()).estimate
+    assert found.tokens_per_round.value == pytest.approx(1 / rounds_per_token(4 * FIFTH, draft_len), rel=1e-9)
+
+
+def test_time_per_token_is_rounds_times_their_seconds(models):
+    found = predict(models, sparse(1), workload()).estimate
+    assert found.tpot_s.value == pytest.approx(found.round_s.value / found.tokens_per_round.value)
+    assert found.e2e_s.value == pytest.approx(found.ttft_s.value + (OUTPUT - 1) * found.tpot_s.value)
+    full = sum(linear_round_s(SparseKV(budget=64), 1, 1024))
+    assert found.round_s.value == pytest.approx(full, rel=0.03)  # the last round drafts nothing
+
+
+def test_plain_decoding_writes_one_token_per_round(models):
+    found = predict(models, PLAIN, workload()).estimate
+    assert found.tokens_per_round.value == found.tokens_per_round.low == found.tokens_per_round.high == 1
+    assert found.tpot_s.value == pytest.approx(sum(linear_round_s(FullKV(), 0, 1024)), rel=0.01)
+    assert found.speedup.value == 1 and found.num_texts == 0
+
+
+def test_speedup_is_the_ratio_to_plain_decoding(models):
+    baseline = predict(models, PLAIN, workload())
+    for objective in ("tpot", "e2e"):
+        found = with_speedup(predict(models, sparse(2), workload()), baseline, objective)
+        expected = objective_s(baseline.estimate, objective) / objective_s(found.estimate, objective)
+        assert found.estimate.speedup.value == pytest.approx(expected)
+    tpot, e2e = (with_speedup(predict(models, sparse(2), workload()), baseline, o).estimate.speedup.value for o in ("tpot", "e2e"))
+    assert tpot > e2e > 1  # prefill is the same for both and dilutes the gain
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_every_interval_contains_its_value(noise):
+    models = fit_models(made_profile(noise=noise, accept=lambda kv, context, number: (number % 5) * FIFTH))
+    baseline = predict(models, PLAIN, workload())
+    for config in (PLAIN, sparse(1), sparse(4), sparse(2, 128)):
+        found = with_speedup(predict(models, config, workload(2000)), baseline, "tpot").estimate
+        for name in ("tokens_per_round", "round_s", "tpot_s", "ttft_s", "e2e_s", "memory_bytes", "speedup"):
+            interval = getattr(found, name)
+            assert interval.value in interval, name
+            assert 0 < interval.low and math.isfinite(interval.high), name
+    assert "interpolated" in " ".join(found.notes)
+
+
+def test_more_texts_make_narrower_intervals():
+    def width(texts):
+        profile = made_profile(texts_per_cell=texts, accept=lambda kv, context, number: (1 + number % 4) * FIFTH)
+        found = predict(fit_models(profile), sparse(2), workload()).estimate.tpot_s
+        return found.high / found.low
+
+    assert width(4) > width(16) > width(64) > 1
+
+
+def test_a_comparison_on_the_same_texts_cancels_what_they_share():
+    """Texts differ much, the two budgets on each of them not at all: the difference is far surer than either."""
+    models = fit_models(made_profile(texts_per_cell=8, accept=lambda kv, context, number: (1 + number % 4) * FIFTH))
+    a, b = predict(models, sparse(2, 64), workload()), predict(models, sparse(2, 256), workload())
+    gap = difference(b, a, "tpot")
+    assert gap.value == pytest.approx(b.estimate.tpot_s.value / a.estimate.tpot_s.value - 1)
+    assert gap.high - gap.low < 0.1 * (a.estimate.tpot_s.high / a.estimate.tpot_s.low - 1)
+
+
+def test_a_configuration_does_not_differ_from_itself(models):
+    found = predict(models, sparse(2), workload())
+    gap = difference(found, found, "e2e")
+    assert gap.value == 0 and gap.low <= 0 <= gap.high
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"context_len": 500}, "covers contexts 1024, 4096"),
+        ({"context_len": 4600}, "max|context"),
+        ({"context_len": 4090, "output_len": 33}, "must fit the model's 4096"),
+        ({"sampler": WARM}, "profiled for greedy, not for temperature 1"),
+    ],
+    ids=str,
+)
+def test_a_workload_that_was_not_profiled_is_refused(models, change, match):
+    with pytest.raises(BadInput, match=match):
+        predict(models, sparse(2), workload(**change))
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (sparse(5), "at most 4|up to draft_len 4"),
+        (sparse(2, 40), "covers kv budgets 64, 256, got 40"),
+        (sparse(2, 257), "covers kv budgets 64, 256, got 257"),
+        (DraftConfig(drafter=NGRAM, draft_len=1), "timed no round|no acceptance"),
+        (DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=64, selection="chunk"), draft_len=1), "no acceptance"),
+        (DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=64, recent=16), draft_len=1), "no acceptance"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_was_not_profiled_is_refused(models, config, match):
+    with pytest.raises(BadInput, match=match):
+        predict(models, config, workload())
+
+
+def test_a_cap_names_the_largest_budget_and_that_budget_fits():
+    profile = made_profile(drafters=budgets(64, 256, 1024), memory=[MemorySample(context_len=1024, known_bytes=0, peak_bytes=777, base_bytes=0)])
+    models = fit_models(profile)
+    fitting = predict(models, sparse(2, 300), workload())
+    cap = int(fitting.estimate.memory_bytes.value)
+    assert refusal(models, fitting, workload(), cap) is None
+    assert refusal(models, predict(models, sparse(2, 301), workload()), workload(), cap).endswith("the largest kv_budget that fits is 300")
+    assert refusal(models, predict(models, sparse(2, 1024), workload()), workload(), cap).endswith("the largest kv_budget that fits is 300")
+    assert refusal(models, fitting, workload(), None) is None
+
+
+def test_repetitive_texts_are_marked():
+    found = predict(fit_models(made_profile(distinct_4grams=0.4)), sparse(2), workload()).estimate
+    assert any("repeat themselves" in note for note in found.notes)
+
+
+def test_a_90_percent_interval_covers_the_truth_in_100_made_profiles(monkeypatch):
+    """Eight texts whose acceptance scatters, rounds timed with 3 % noise: the truth is the mean over all texts there could be."""
+    monkeypatch.setattr(latency, "FORMS", ("bilinear",))  # the law that makes the rounds; choosing among three takes seconds
+    config, grid = sparse(2), np.arange(100, 240)  # accept probabilities in 255ths, equally likely
+
+    drafted = np.full((len(grid), OUTPUT - 1), 2)
+    walk = expected_rounds(np.broadcast_to(grid[:, None, None] / 255, (len(grid), OUTPUT - 1, 2)), drafted, 2)
+    seconds = [sum(linear_round_s(config.kv, k, 1024)) for k in (1, 2)]
+    nothing = sum(linear_round_s(FullKV(), 0, 1024))  # a last round that has room for no draft
+    truth = float((walk.by_drafted.mean(0) @ [nothing, *seconds]) / (OUTPUT - 1))
+
+    covered, widths = 0, []
+    for seed in range(100):
+        accept = np.random.default_rng(1000 + seed).choice(grid, 20) / 255
+        profile = made_profile(
+            accept=lambda kv, context_len, number, accept=accept: accept[number + 8 * (context_len > 1024)],
+            contexts=(1024, 2048), drafters=budgets(64),
+            texts_per_cell=8, noise=0.03, noise_seed=seed, rounds_per_cell=12, draft_lens=(1, 2, 4),
+        )  # fmt: skip
+        found = predict(fit_models(profile), config, workload()).estimate.tpot_s
+        covered += truth in found
+        widths.append((found.high - found.low) / found.value)
+    assert covered >= 80
+    assert np.median(widths) < 0.5  # not by saying nothing

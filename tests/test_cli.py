@@ -1,0 +1,211 @@
+"""The command line on made profiles: one JSON document, the right exit code, one line on stderr and never a traceback."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from made import FIFTH, NGRAM, budgets, made_profile
+
+from planner.cli import main
+from planner.measurements import encode, save_profile
+from planner.specs import FullKV, Sampler
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Profiles on disk, by name."""
+    folder = tmp_path_factory.mktemp("profiles")
+    two = [*budgets(64, 256), (NGRAM, FullKV())]
+    made = {
+        "good": made_profile(drafters=two, contexts=(1024, 1100)),
+        "off": made_profile(accept=lambda kv, context_len, number: 0.0),
+        "many": made_profile(contexts=(1024, 2048), samplers=[Sampler(), Sampler(temperature=1.0)]),
+        "warm": made_profile(samplers=[Sampler(temperature=1.0, top_p=1 - FIFTH)]),
+    }
+    paths = {name: folder / f"{name}.json" for name in made}
+    for name, profile in made.items():
+        save_profile(profile, paths[name])
+    text = encode(made["good"]).decode()
+    broken = {
+        "truncated": text[: len(text) // 2],
+        "nan": text.replace('"rope_theta": 10000.0', '"rope_theta": NaN').replace('"rope_theta":10000.0', '"rope_theta":NaN'),
+        "future": text.replace('"schema_version": 1', '"schema_version": 2').replace('"schema_version":1', '"schema_version":2'),
+        "huge": text.replace('"rope_theta": 10000.0', '"rope_theta": 1e999').replace('"rope_theta":10000.0', '"rope_theta":1e999'),
+        "negative": text.replace('"weights_bytes": ', '"weights_bytes": -').replace('"weights_bytes":', '"weights_bytes":-', 1),
+        "unknown": text.replace("{", '{"surprise": 1,', 1),
+        "list": "[]",
+        "empty": "",
+        "nested": "[" * 100_000,
+    }
+    for name, content in broken.items():
+        assert content != text
+        paths[name] = folder / f"{name}.json"
+        paths[name].write_text(content)
+    paths["binary"] = folder / "binary.json"
+    paths["binary"].write_bytes(bytes(range(256)))
+    paths["missing"], paths["folder"] = folder / "missing.json", folder
+    return paths
+
+
+@pytest.fixture
+def run(files, monkeypatch, capsys):
+    """Run a line, names of files in braces; exit code, stdout and stderr."""
+
+    def call(line: str):
+        words = [word.format_map(files) for word in line.split()]
+        monkeypatch.setattr(sys, "argv", ["planner", *words])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def check_estimate(found: dict):
+    for name in ("tpot_s", "e2e_s", "memory_bytes", "tokens_per_round", "ttft_s"):
+        assert found[name]["low"] <= found[name]["value"] <= found[name]["high"], name
+    assert set(found["config"]) == {"drafter", "kv", "draft_len", "tree"}
+
+
+def test_a_plan_in_json_is_one_document(run):
+    code, out, err = run("plan {good} --isl 1024 --objective tpot --json")
+    assert code == 0 and err == ""
+    plan = json.loads(out)
+    assert set(plan["chosen"]) == {"drafter", "kv", "draft_len", "tree"}
+    assert plan["chosen"]["drafter"]["kind"] == "ngram" and plan["objective"] == "tpot"
+    check_estimate(plan["estimate"])
+    check_estimate(plan["baseline"])
+    assert plan["speedup"]["value"] == pytest.approx(plan["baseline"]["tpot_s"]["value"] / plan["estimate"]["tpot_s"]["value"])
+    assert isinstance(plan["ties"], list) and plan["rejected"] == []
+
+
+def test_refusals_stand_in_the_json(run):
+    _, out, _ = run("plan {good} --isl 1024 --json")
+    sizes = [estimate["memory_bytes"]["value"] for estimate in [json.loads(out)["baseline"], json.loads(out)["estimate"]]]
+    code, out, _ = run(f"plan {{good}} --isl 1024 --memory-cap {int(max(sizes)) + 2000}B --json")
+    assert code == 0
+    rejected = json.loads(out)["rejected"]
+    assert rejected and all("kv_budget" in reject["reason"] for reject in rejected if reject["config"]["kv"]["kind"] == "sparse")
+
+
+def test_an_estimate_in_json_is_one_document(run):
+    code, out, err = run("estimate {good} --drafter self_sparse --kv-budget 128 --draft-len 2 --isl 1024 --json")
+    assert code == 0 and err == ""
+    found = json.loads(out)
+    check_estimate(found["estimate"])
+    check_estimate(found["baseline"])
+    assert found["estimate"]["config"]["kv"]["budget"] == 128
+    assert found["estimate"]["speedup"]["value"] == pytest.approx(found["baseline"]["e2e_s"]["value"] / found["estimate"]["e2e_s"]["value"])
+
+
+def test_an_estimate_agrees_with_the_plan(run):
+    plan = json.loads(run("plan {good} --isl 1024 --json")[1])
+    found = json.loads(run(f"estimate {{good}} --drafter ngram --draft-len {plan['chosen']['draft_len']} --isl 1024 --json")[1])
+    assert found["estimate"] == plan["estimate"] and found["baseline"] == plan["baseline"]
+
+
+def test_reports_for_people_go_to_stdout(run):
+    for line in ("plan {good} --isl 1024", "estimate {good} --drafter ngram --draft-len 2 --isl 1024", "estimate {good} --drafter none --isl 1024"):
+        code, out, err = run(line)
+        assert code == 0 and err == "" and "TPOT" in out
+
+
+def test_choosing_off_is_a_success(run):
+    code, out, _ = run("plan {off} --isl 1024 --json")
+    plan = json.loads(out)
+    assert code == 0 and plan["chosen"]["drafter"]["kind"] == "none" and plan["speedup"]["value"] == 1
+    code, out, _ = run("plan {off} --isl 1024")
+    assert code == 0 and "--drafter none" in out
+
+
+def test_a_plan_is_written_whole(run, tmp_path):
+    from planner.plans import load_plan
+
+    code, _, _ = run(f"plan {{good}} --isl 1024 -o {tmp_path}/plan.json")
+    assert code == 0 and load_plan(tmp_path / "plan.json").chosen.draft_len > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+BAD = {
+    "plan {missing} --isl 1024": "cannot read",
+    "plan {folder} --isl 1024": "cannot read",
+    "plan {truncated} --isl 1024": "not valid",
+    "plan {nan} --isl 1024": "not valid",
+    "plan {huge} --isl 1024": "not valid",
+    "plan {negative} --isl 1024": "weights_bytes|not valid",
+    "plan {unknown} --isl 1024": "surprise",
+    "plan {list} --isl 1024": "not valid",
+    "plan {empty} --isl 1024": "not valid",
+    "plan {binary} --isl 1024": "not valid",
+    "plan {nested} --isl 1024": "not valid",
+    "plan {future} --isl 1024": "schema_version 2",
+    "plan {good}": "several values.*--isl",
+    "plan {many} --isl 1024": "several values.*--temperature",
+    "plan {good} --isl 5000": "4096|covers",
+    "plan {good} --isl 1100 --osl 3000": "4096",
+    "plan {good} --isl 0": "context_len|>= 1",
+    "plan {good} --isl -5": "context_len|>= 1",
+    "plan {good} --isl 1024 --osl 1": "output_len|>= 2",
+    "plan {good} --isl 1024 --osl 99999999999999999999999999": "",
+    "plan {good} --isl 1024 --temperature nan": "",
+    "plan {good} --isl 1024 --temperature -1": "temperature|>= 0",
+    "plan {good} --isl 1024 --temperature 0.7": "profiled for greedy",
+    "plan {good} --isl 1024 --memory-cap 1KiB": "plain decoding alone",
+    "plan {good} --isl 1024 --memory-cap 24": "unit",
+    "plan {good} --isl 1024 --memory-cap 24gb": "unit",
+    "plan {good} --isl 1024 --memory-cap -1GiB": "unit",
+    "plan {good} --isl 1024 --memory-cap 1e400GiB": "positive",
+    "plan {good} --isl 1024 --objective speed": "objective",
+    "plan {good} --isl 1024 -o /nowhere/at/all/plan.json": "folder",
+    "estimate {good} --isl 1024 --drafter self_sparse --draft-len 2": "--kv-budget",
+    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 20 --draft-len 2": "sink \\+ recent \\(36 tokens\\), got 20",
+    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 64": "draft_len",
+    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 64 --draft-len 9": "up to draft_len 4",
+    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 64 --draft-len -1": "",
+    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 64 --draft-len 99999999999999999999": "",
+    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 4096 --draft-len 1": "covers kv budgets",
+    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 99999999999999999999999 --draft-len 1": "",
+    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 64 --draft-len 1 --selection best": "window or chunk",
+    "estimate {good} --isl 1024 --drafter eagle --draft-len 1": "a drafter is",
+    "estimate {good} --isl 1024 --drafter ngram --draft-len 1 --kv-budget 64": "self_sparse",
+    "generate --drafter none": "--prompt",
+    "sweep --dataset x.txt -o /nowhere/at/all/s.json": "folder",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(run, line):
+    code, out, err = run(line)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert re.search(BAD[line], err), err
+
+
+def test_an_estimate_refuses_an_unknown_objective(run):
+    code, _, err = run("estimate {good} --isl 1024 --drafter ngram --draft-len 1 --objective speed")
+    assert code == 2 and "objective" in err
+
+
+@pytest.mark.parametrize("line", ["plan", "plan {good} --no-such-flag", "plan {good} --isl many", "nonsense", "estimate {good}"])
+def test_wrong_usage_is_exit_code_2(run, line):
+    code, out, err = run(line)
+    assert code == 2 and out == "" and err and "Traceback" not in err
+
+
+def test_the_only_sampler_is_the_default(run):
+    code, out, _ = run("plan {warm} --isl 1024 --json")
+    assert code == 0 and json.loads(out)["workload"]["sampler"]["temperature"] == 1.0
+
+
+def test_a_process_of_its_own_ends_the_same_way(files):
+    words = [sys.executable, "-m", "planner.cli", "plan", str(files["truncated"])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(words, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
