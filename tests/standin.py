@@ -170,7 +170,14 @@ def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sam
         accepted += sum(round_.accepted)
         for text, tokens in zip(texts, round_.tokens, strict=True):
             text += tokens
-    return {"texts": texts, "reads": reads, "uploads": counts["uploads"], "accepted": accepted, "on_cpu": dict(on_cpu), "device": str(cache.keys.device)}
+    return {
+        "texts": texts,
+        "reads": reads,
+        "uploads": counts["uploads"],
+        "accepted": accepted,
+        "on_cpu": dict(on_cpu),
+        "device": str(cache.keys.device),
+    }
 
 
 def replay_of(device: str, config: DraftConfig, sampler: Sampler) -> dict:

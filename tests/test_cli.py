@@ -135,7 +135,7 @@ def test_a_plan_is_written_whole(run, tmp_path):
 
 BAD = {
     "plan {missing} --isl 1024": "cannot read",
-    "plan {folder} --isl 1024": "cannot read",
+    "plan {folder} --isl 1024": "must be a file",
     "plan {truncated} --isl 1024": "not valid",
     "plan {nan} --isl 1024": "not valid",
     "plan {huge} --isl 1024": "not valid",

@@ -121,7 +121,7 @@ def test_a_round_is_the_sum_of_its_parts(profile):
         (put(0, "contexts", 0), r">= 1.*contexts"),
         (put([], "samplers"), "length >= 1.*samplers"),
         (put(-1.0, "samplers", 0, "temperature"), r">= 0.*samplers\[0\]\.temperature"),
-        (put(2000, "max_draft_len"), "<= 1024.*max_draft_len"),
+        (put(2000, "max_draft_len"), "<= 255.*max_draft_len"),
         (put(2, "max_draft_len"), r"acceptance\[0\] must hold 32 starts x 2 drafts, got \[32, 4\]"),
         (put("gguf", "dtype"), "dtype"),
         (put(3, "target", "num_kv_heads"), r"multiple of num_kv_heads.*target"),
@@ -153,12 +153,6 @@ def test_packed_bytes_that_do_not_unpack_are_refused_on_reading(damaged, u8):
     assert len(u8) == 44  # as many characters as 32 bytes take
     with pytest.raises(BadInput, match="acceptance"):
         damaged(put(u8, "acceptance", 0, "drafted", "u8"))
-
-
-@pytest.mark.parametrize("u8", ["!" * 44, base64.b64encode(b"\0" * 33).decode()])
-def test_packed_bytes_that_do_not_unpack_are_never_used(u8):
-    with pytest.raises(BadInput, match="not base64"):
-        Packed(shape=[32], u8=u8).unpack()
 
 
 @pytest.mark.parametrize(

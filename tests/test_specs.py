@@ -60,7 +60,7 @@ CONFIGS = [
 @st.composite
 def sparse_policies(draw) -> SparseKV:
     selection = draw(st.sampled_from(["window", "chunk"]))
-    sink = draw(st.integers(0, 40))
+    sink = draw(st.integers(0, CHUNK_SIZE if selection == "chunk" else 40))
     recent = draw(st.integers(CHUNK_SIZE if selection == "chunk" else 1, 80))
     least = max(sink + recent, recent + CHUNK_SIZE if selection == "chunk" else 1)
     return SparseKV(budget=least + draw(st.integers(0, 300)), sink=sink, recent=recent, selection=selection)
@@ -199,13 +199,13 @@ def test_the_smallest_budgets_are_accepted(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"drafter": NO_DRAFTER, "draft_len": 4}, "draft_len must be 0 for off and at least 1 otherwise, got 4 with off"),
+        ({"drafter": NO_DRAFTER, "draft_len": 4}, "draft_len must be 0 without a drafter and at least 1 with one, got 4 with none"),
         ({"drafter": NGRAM, "draft_len": 0}, "got 0 with ngram"),
         ({"drafter": NGRAM}, "got 0 with ngram"),
         ({"drafter": SELF_SPARSE, "kv": SparseKV(budget=64)}, "got 0 with self_sparse"),
         ({"drafter": SELF_SPARSE, "draft_len": 4}, "a kv budget goes with drafter self_sparse .* got drafter self_sparse with full kv"),
         ({"drafter": NGRAM, "draft_len": 4, "kv": SparseKV(budget=64)}, "got drafter ngram with window 64"),
-        ({"drafter": NO_DRAFTER, "kv": SparseKV(budget=64, selection="chunk")}, "got drafter off with chunk 64"),
+        ({"drafter": NO_DRAFTER, "kv": SparseKV(budget=64, selection="chunk")}, "got drafter none with chunk 64"),
     ],
 )
 def test_configurations_that_contradict_themselves_are_refused(fields, message):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.errors import BadInput
-from planner.units import BYTES_PER_UNIT, GIB, format_bytes, parse_bytes, parse_numbers, parse_share
+from planner.units import BYTES_PER_UNIT, GIB, MAX_NUMBER, format_bytes, parse_bytes, parse_numbers, parse_share
 
 seeded = settings(derandomize=True, deadline=None)
 
@@ -154,7 +154,7 @@ def test_a_list_of_numbers_reads_back(values):
 
 
 @seeded
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
+@given(st.lists(st.floats(-MAX_NUMBER, MAX_NUMBER), min_size=1, max_size=20))
 def test_a_list_of_floats_reads_back_finite_and_exact(values):
     parsed = parse_numbers(",".join(map(repr, values)), float, "--rate")
     assert parsed == list(dict.fromkeys(values))

@@ -23,7 +23,7 @@ from planner.measurements import (
     Seconds,
     Text,
 )
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, checked
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, checked, describe_sampler
 
 MIN_TEXTS = 4  # kept whatever --max-minutes says: below, an interval means nothing
 GROUP_SHARE = 0.25  # of the free memory, for the caches of the texts that are written side by side
@@ -89,29 +89,30 @@ def measure(
         dtype=str(session.model.dtype), settings=settings._replace(max_minutes=None), texts=[prompt.key for prompt in prompts],
     )  # fmt: skip
     journal = None if out is None else Journal(journal_path(out), header, resume=resume)
-    done = list(journal.entries(_RoundsDone | _TextsDone)) if journal else []
+    done = list(journal.entries(_PassDone | _TextsDone)) if journal else []
     deadline = None if settings.max_minutes is None else began + 60 * settings.max_minutes
     clock = _Clock(began, {"earlier": sum(entry.minutes for entry in done)} if done else {})
 
-    def finish(entry: "_RoundsDone | _TextsDone") -> None:
+    def finish(entry: "_PassDone | _TextsDone") -> None:
         if journal:
             journal.add(entry)
         done.append(entry)
 
-    grounds = _prepare(session, prompts[0], settings)
-    rounds = next((entry for entry in done if isinstance(entry, _RoundsDone)), None)
-    if rounds is None:
-        rounds = _measure_latency(session, grounds, settings, progress)
-        finish(rounds)
-    clock.stop("latency")
-    warnings = []
+    timing = _Timing(session, _prepare(session, prompts[0], settings), settings, [entry for entry in done if isinstance(entry, _PassDone)])
     known = {(entry.first, entry.context_len, entry.sampler) for entry in done if isinstance(entry, _TextsDone)}
-    for entry in _measure_acceptance(session, prompts, settings, known, deadline, progress, warnings):
+    warnings = []
+    steps = _measure_acceptance(session, prompts, settings, known, deadline, progress, warnings)
+    if not timing.passes:
+        finish(timing.run(progress))
+    for entry in steps:
         finish(entry)
-    clock.stop("acceptance")
+        if timing.due(sum(isinstance(entry, _TextsDone) for entry in done)):
+            finish(timing.run(progress))
+    while not timing.complete:
+        finish(timing.run(progress))
     texts, samples, prefill = _assembled([entry for entry in done if isinstance(entry, _TextsDone)], settings)
-    drift = _again(session, grounds, settings)
-    clock.stop("drift")
+    rounds = timing.rounds + timing.again()
+    clock.stop("measuring")
     return Profile(
         model=model,
         target=session.model.spec,
@@ -127,10 +128,10 @@ def measure(
         max_draft_len=settings.max_draft_len,
         texts=texts,
         acceptance=samples,
-        rounds=rounds.rounds + drift,
+        rounds=rounds,
         prefill=prefill,
-        memory=rounds.memory,
-        failures=rounds.failures,
+        memory=[entry.memory for entry in timing.passes[:1]],
+        failures=timing.failures,
         minutes=clock.minutes,
         warnings=complaints(environment) + warnings + _repetition(texts),
     )
@@ -172,11 +173,11 @@ class _Run(msgspec.Struct, kw_only=True):
     texts: list[str]
 
 
-class _RoundsDone(msgspec.Struct, kw_only=True, tag="rounds"):
-    """All of the latency cells."""
+class _PassDone(msgspec.Struct, kw_only=True, tag="pass"):
+    """A few rounds of every latency cell."""
 
     rounds: list[RoundSample]
-    memory: list[MemorySample]
+    memory: MemorySample
     failures: list[Failure]
     minutes: float
 
@@ -243,28 +244,63 @@ def _prepare(session: Session, prompt, settings: Settings) -> dict:
     return grounds
 
 
-def _measure_latency(session: Session, grounds: dict, settings: Settings, progress: Progress) -> _RoundsDone:
-    from planner.profiler.device import PeakMemory
-    from planner.profiler.latency import PASSES, measure_rounds
+class _Timing:
+    """The passes over the latency cells: the first before any text, the others spread over the texts, the last at the end."""
 
-    began = time.perf_counter()
-    model, cells = session.model, latency_cells(settings)
-    progress.stage("latency", PASSES * len(cells) * len(settings.contexts))
-    memory = PeakMemory(model.device)
-    memory.reset()
-    rounds, failures = measure_rounds(model, grounds, cells, _warmest(settings), seed=settings.seed, on_pass=progress.advance)
-    known = model.nbytes + sum(ground.cache.nbytes for ground in grounds.values())
-    peak = max(0, memory.read() - session.base_bytes)
-    sample = MemorySample(context_len=max(settings.contexts), known_bytes=known, peak_bytes=peak, base_bytes=session.base_bytes)
-    return _RoundsDone(rounds=rounds, memory=[sample], failures=failures, minutes=(time.perf_counter() - began) / 60)
+    def __init__(self, session: Session, grounds: dict, settings: Settings, passes: list[_PassDone]):
+        from planner.profiler.latency import PASSES
 
+        self._session, self._grounds, self._settings = session, grounds, settings
+        self._cells = latency_cells(settings)
+        self._wanted = PASSES
+        self._sampler = max(settings.samplers, key=lambda sampler: sampler.temperature)  # hot drafts are rejected often, as rounds usually are
+        self.passes = passes
 
-def _again(session: Session, grounds: dict, settings: Settings) -> list[RoundSample]:
-    """The first cell once more: has the machine changed?"""
-    from planner.profiler.latency import measure_rounds
+    @property
+    def complete(self) -> bool:
+        return len(self.passes) >= self._wanted
 
-    first = {settings.contexts[0]: grounds[settings.contexts[0]]}
-    return measure_rounds(session.model, first, [PLAIN], _warmest(settings), seed=settings.seed, role="drift")[0]
+    @property
+    def failures(self) -> list[Failure]:
+        return [failure for entry in self.passes for failure in entry.failures]
+
+    @property
+    def rounds(self) -> list[RoundSample]:
+        from planner.profiler.latency import merge_passes
+
+        return merge_passes([entry.rounds for entry in self.passes])
+
+    def due(self, texts_done: int) -> bool:
+        """Whether the next pass belongs behind this many groups of texts; the last one is kept for the end."""
+        groups = -(-self._settings.num_texts // MAX_GROUP) * len(self._settings.contexts) * len(self._settings.samplers)
+        return len(self.passes) < min(self._wanted - 1, 1 + (self._wanted - 1) * texts_done / groups)
+
+    def run(self, progress: Progress) -> _PassDone:
+        from planner.profiler.device import PeakMemory
+        from planner.profiler.latency import measure_pass
+
+        began = time.perf_counter()
+        session = self._session
+        progress.stage(f"rounds, pass {len(self.passes) + 1} of {self._wanted}", 1)
+        memory = PeakMemory(session.model.device)
+        memory.reset()
+        skip = {failure.cell for failure in self.failures}
+        seed = self._settings.seed + len(self.passes)
+        rounds, failures = measure_pass(session.model, self._grounds, self._cells, self._sampler, seed=seed, skip=skip)
+        known = session.model.nbytes + sum(ground.cache.nbytes for ground in self._grounds.values())
+        peak = max(0, memory.read() - session.base_bytes)
+        sample = MemorySample(context_len=max(self._grounds), known_bytes=known, peak_bytes=peak, base_bytes=session.base_bytes)
+        done = _PassDone(rounds=rounds, memory=sample, failures=failures, minutes=(time.perf_counter() - began) / 60)
+        self.passes.append(done)
+        progress.advance()
+        return done
+
+    def again(self) -> list[RoundSample]:
+        """The first cell once more: has the machine changed since the first pass?"""
+        from planner.profiler.latency import measure_pass
+
+        first = {self._settings.contexts[0]: self._grounds[self._settings.contexts[0]]}
+        return measure_pass(self._session.model, first, [PLAIN], self._sampler, seed=self._settings.seed, role="drift")[0]
 
 
 def _measure_acceptance(
@@ -286,11 +322,9 @@ def _measure_acceptance(
     capacity = cache_capacity(max(settings.contexts), settings.output_len, 0)
     stream_bytes = capacity * model.spec.kv_bytes_per_token(str(model.dtype).removeprefix("torch."))
     group = max(1, min(MAX_GROUP, int(available_memory(model.device) * GROUP_SHARE / stream_bytes)))
-    progress.stage("texts", len(prompts) * len(settings.contexts) * (1 + len(settings.samplers)))
     for first in range(0, len(prompts), group):
         batch = prompts[first : first + group]
         todo = [(c, s) for c in settings.contexts for s in settings.samplers if (first, c, s) not in known]
-        progress.advance(len(batch) * (len(settings.contexts) * len(settings.samplers) - len(todo)))
         if not todo:
             continue
         if first >= MIN_TEXTS and deadline is not None and time.perf_counter() > deadline:
@@ -301,6 +335,7 @@ def _measure_acceptance(
         for begin, context_len in zip([0, *settings.contexts], settings.contexts):
             logits = []
             cache.truncate(begin)
+            progress.stage(f"prompts at {context_len} tokens", len(batch))
             for b, prompt in enumerate(batch):  # one by one: this is also the measurement of prefill
                 stream = cache.stream(b)
                 before = synchronize(model.device)
@@ -313,10 +348,13 @@ def _measure_acceptance(
                 cache.lengths = [context_len] * len(batch)
                 seeds = [settings.seed + 1000 * number + first + b for b in range(len(batch))]
                 texts, samples = [], []
-                for text, target_text in write_texts(
+                progress.stage(f"texts at {context_len} tokens, {describe_sampler(sampler)}", 1 + len(batch))
+                written = write_texts(
                     model, cache, batch, context_len, torch.cat(logits), sampler, output_len=settings.output_len,
                     stop_tokens=session.tokenizer.stop_tokens, seeds=seeds,
-                ):  # fmt: skip
+                )  # fmt: skip
+                progress.advance()
+                for text, target_text in written:
                     samples += [replay(model, target_text, config, len(texts)) for config in configs]
                     texts.append(text)
                     progress.advance()
@@ -345,11 +383,6 @@ def _assembled(done: list[_TextsDone], settings: Settings) -> tuple[list[Text], 
                 )
     prefill = [PrefillSample(context_len=c, seconds=[s for group in prefill_s[c].values() for s in group]) for c in settings.contexts]
     return texts, samples, prefill
-
-
-def _warmest(settings: Settings) -> Sampler:
-    """The sampler to time with: the hottest, whose drafts are rejected most often, as rounds usually are."""
-    return max(settings.samplers, key=lambda sampler: sampler.temperature)
 
 
 def _repetition(texts: list) -> list[str]:

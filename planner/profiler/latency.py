@@ -1,11 +1,12 @@
 """Whole rounds, timed in place: draft, verify and commit as they follow each other in the decode loop.
 
-Cells are measured in passes, a few rounds of every cell in turn, so that a slow minute hits all of them alike.
+Cells are measured in passes, a few rounds of every cell in turn, and the passes are spread over the profile, so that a
+slow minute hits all cells alike and none alone.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from planner.measurements import Failure, RoundSample
@@ -16,7 +17,7 @@ from planner.runtime.kv_cache import KVCache
 from planner.runtime.model import Transformer
 from planner.specs import DraftConfig, Sampler, describe
 
-PASSES, ROUNDS_PER_PASS, WARMUP_ROUNDS = 3, 4, 1
+PASSES, ROUNDS_PER_PASS, WARMUP_ROUNDS = 4, 3, 1
 
 
 class Ground(NamedTuple):
@@ -27,7 +28,7 @@ class Ground(NamedTuple):
     first_logits: torch.Tensor
 
 
-def measure_rounds(
+def measure_pass(
     model: Transformer,
     grounds: dict[int, Ground],  # by context
     configs: list[DraftConfig],
@@ -35,30 +36,34 @@ def measure_rounds(
     *,
     seed: int,
     role: str = "cell",
-    passes: int = PASSES,
-    on_pass: Callable[[], None] = lambda: None,
+    skip: set[str] = frozenset(),  # cells that failed before
 ) -> tuple[list[RoundSample], list[Failure]]:
-    """One sample per context and configuration; a cell that runs out of memory is reported and passed over."""
-    cells = {(context_len, config): _Cell() for context_len in grounds for config in configs}
-    failures = []
-    for number in range(passes):
-        for (context_len, config), cell in list(cells.items()):
+    """A few rounds of every configuration at every context; a cell that runs out of memory is reported and passed over."""
+    samples, failures = [], []
+    for context_len, ground in grounds.items():
+        for config in configs:
+            name = f"{describe(config)} at context {context_len}"
+            if name in skip:
+                continue
             try:
-                _measure_pass(model, grounds[context_len], config, sampler, seed + number, cell)
+                samples.append(_measure_cell(model, ground, context_len, config, sampler, seed, role))
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                del cells[context_len, config]
-                failures.append(Failure(cell=f"{describe(config)} at context {context_len}", reason="out of memory"))
-            on_pass()
-    samples = [
-        RoundSample(
-            drafter=config.drafter, kv=config.kv, draft_len=config.draft_len, context_len=context_len, role=role, position=cell.position,
-            drafted=cell.drafted, draft_s=cell.draft_s, verify_s=cell.verify_s, commit_s=cell.commit_s, warmup_s=cell.warmup_s, start_s=cell.start_s,
-        )
-        for (context_len, config), cell in cells.items()
-    ]  # fmt: skip
+                failures.append(Failure(cell=name, reason="out of memory"))
     return samples, failures
+
+
+def merge_passes(passes: list[list[RoundSample]]) -> list[RoundSample]:
+    """One sample per cell, its rounds in the order they ran."""
+    merged: dict[tuple, RoundSample] = {}
+    for sample in (sample for samples in passes for sample in samples):
+        key = (sample.drafter, sample.kv, sample.draft_len, sample.context_len, sample.role)
+        if key in merged:
+            lists = ("position", "drafted", "draft_s", "verify_s", "commit_s", "warmup_s", "start_s")
+            sample = msgspec.structs.replace(sample, **{name: getattr(merged[key], name) + getattr(sample, name) for name in lists})
+        merged[key] = sample
+    return list(merged.values())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,12 +71,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
-class _Cell:
-    def __init__(self):
-        self.position, self.drafted, self.draft_s, self.verify_s, self.commit_s, self.warmup_s, self.start_s = [], [], [], [], [], [], []
-
-
-def _measure_pass(model: Transformer, ground: Ground, config: DraftConfig, sampler: Sampler, seed: int, cell: _Cell) -> None:
+def _measure_cell(
+    model: Transformer, ground: Ground, context_len: int, config: DraftConfig, sampler: Sampler, seed: int, role: str
+) -> RoundSample:  # fmt: skip
     wanted = WARMUP_ROUNDS + ROUNDS_PER_PASS
     timer = PhaseTimer(model.device)
     ground.cache.truncate(len(ground.prompt))
@@ -82,18 +84,26 @@ def _measure_pass(model: Transformer, ground: Ground, config: DraftConfig, sampl
         max_new_tokens=1 + (wanted + 1) * (config.draft_len + 1),
     )  # fmt: skip
     next(rounds)  # the first token
-    positions, drafted = [], []
+    position, drafted = [], []
     for _ in range(wanted):
-        positions.append(ground.cache.lengths[0])
+        position.append(ground.cache.lengths[0])
         drafted.append(next(rounds).drafted[0])
     times = timer.seconds()
-    phases = [times["draft"][:wanted], times["verify"][:wanted], times["commit"][:wanted]]
-    cell.start_s += times["select"]
-    cell.warmup_s += [sum(parts) for parts in zip(*phases)][:WARMUP_ROUNDS]
-    cell.position += positions[WARMUP_ROUNDS:]
-    cell.drafted += drafted[WARMUP_ROUNDS:]
-    for kept, seconds in zip((cell.draft_s, cell.verify_s, cell.commit_s), phases):
-        kept += seconds[WARMUP_ROUNDS:]
+    whole = [sum(phases) for phases in zip(times["draft"], times["verify"], times["commit"])]
+    return RoundSample(
+        drafter=config.drafter,
+        kv=config.kv,
+        draft_len=config.draft_len,
+        context_len=context_len,
+        role=role,
+        position=position[WARMUP_ROUNDS:],
+        drafted=drafted[WARMUP_ROUNDS:],
+        draft_s=times["draft"][WARMUP_ROUNDS:],
+        verify_s=times["verify"][WARMUP_ROUNDS:],
+        commit_s=times["commit"][WARMUP_ROUNDS:],
+        warmup_s=whole[:WARMUP_ROUNDS],
+        start_s=times["select"],
+    )
 
 
 def rounds_room(draft_len: int) -> int:

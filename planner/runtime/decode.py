@@ -81,15 +81,17 @@ def decode(
         mark("draft")
 
         K = draft.tokens.shape[1]
+        draft_lens = torch.tensor(draft.lens, device=model.device)  # all uploads before the pass: each may wait for the device
+        uniform = uniforms(generators, draft_len + 1)  # as many whatever is drafted: neighbours must not change what a stream draws
         last = torch.tensor([[history[-1]] for history in histories], device=model.device)
         positions = torch.tensor([[length] for length in cache.lengths], device=model.device) + torch.arange(K + 1, device=model.device)
         hidden = model(torch.cat([last, draft.tokens], 1), positions, cache, cache.causal_mask(K + 1)).hidden
         verdict = verify_chain(
             draft.tokens,
             draft.probs,
-            torch.tensor(draft.lens, device=model.device),
+            draft_lens,
             probabilities(model.logits(hidden), sampler),
-            uniforms(generators, K + 1),
+            torch.cat([uniform[:, :K], uniform[:, -1:]], 1),
         )
         host = torch.cat([verdict.num_accepted[:, None], verdict.next_tokens[:, None], draft.tokens], 1).tolist()
         mark("verify")

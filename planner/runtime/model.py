@@ -69,7 +69,7 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin, cache, mask)
             if index in taps:
                 tapped[index] = x
-        return Output(F.rms_norm(x, self.norm.shape, self.norm, self.spec.rms_norm_eps), tapped)
+        return Output(rms_norm(x, self.norm, self.spec.rms_norm_eps), tapped)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab_size], in the model's dtype."""
@@ -96,15 +96,26 @@ class Layer(nn.Module):
         spec = self.spec
         B, n, _ = x.shape
         H, G = spec.num_heads, spec.num_kv_heads
-        qkv = linear(F.rms_norm(x, self.attention_norm.shape, self.attention_norm, spec.rms_norm_eps), self.qkv)
-        q, k, v = qkv.view(B, n, H + 2 * G, spec.head_dim).transpose(1, 2).split([H, G, G], dim=1)
-        keys, values = cache.append(self.index, rotate(k, cos, sin), v)
-        rows = rotate(q, cos, sin).reshape(B, G, H // G * n, spec.head_dim)
+        qkv = linear(rms_norm(x, self.attention_norm, spec.rms_norm_eps), self.qkv)
+        qk, v = qkv.view(B, n, H + 2 * G, spec.head_dim).transpose(1, 2).split([H + G, G], dim=1)
+        q, k = rotate(qk, cos, sin).split([H, G], dim=1)
+        keys, values = cache.append(self.index, k, v)
+        rows = q.reshape(B, G, H // G * n, spec.head_dim)
         attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
         x = x + linear(attended.reshape(B, H, n, spec.head_dim).transpose(1, 2).reshape(B, n, -1), self.attention_out)
 
-        gate, up = linear(F.rms_norm(x, self.mlp_norm.shape, self.mlp_norm, spec.rms_norm_eps), self.gate_up).chunk(2, dim=-1)
+        gate, up = linear(rms_norm(x, self.mlp_norm, spec.rms_norm_eps), self.gate_up).chunk(2, dim=-1)
         return x + linear(F.silu(gate) * up, self.mlp_out)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm (arXiv:1910.07467) in float32, back in the dtype of x. F.rms_norm takes five times as long on a CPU.
+
+    x  [..., hidden_size]     weight  [hidden_size]
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+    return (x * scale * weight).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from made import FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, made_profile
 from planner.cost.acceptance import budget_weights, context_weights, fit_acceptance
 from planner.cost.renewal import expected_rounds
 from planner.errors import BadInput
-from planner.measurements import AcceptanceSample, Packed
+from planner.measurements import AcceptanceSample, Packed, load_profile, save_profile
 from planner.specs import DraftConfig, FullKV, SparseKV, Workload
 
 LOW, HIGH = 2 * FIFTH, 4 * FIFTH
@@ -208,7 +208,7 @@ def test_drafters_and_policies_are_listed_in_the_order_of_the_profile():
     assert rounds.by_drafted.sum(1) == pytest.approx([rounds_per_token(HIGH, 3)] * 4)
 
 
-def test_a_text_without_a_start_is_refused_or_left_out():
-    with np.errstate(invalid="ignore"):
-        rounds, _ = one_stratum(fit_acceptance(made_profile(output_len=1)), config(), workload())
-    assert np.isfinite(rounds.by_drafted).all()
+def test_a_text_without_a_start_is_refused_on_reading(tmp_path):
+    save_profile(made_profile(output_len=1), tmp_path / "p.json")
+    with pytest.raises(BadInput, match="output_len"):
+        load_profile(tmp_path / "p.json")

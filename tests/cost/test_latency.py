@@ -67,8 +67,8 @@ def test_a_fit_recovers_the_law_that_made_the_rounds_where_nothing_was_measured(
 @pytest.mark.parametrize("law", LAWS)
 def test_the_error_of_a_law_that_a_form_has_is_small(law):
     model = fitted(law)
-    assert model.error < 0.01
-    assert law == "bilinear" or model.form == law  # free values fit a line as well as a line does
+    assert model.form == law
+    assert model.error < (0.01 if law != "steps" else 0.5)  # a step between the timed widths is anybody's guess, and the error says so
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -214,18 +214,14 @@ def test_a_profile_of_one_context_is_enough_near_it(context_len):
         assert model.round_s(sparse(64, 4), context_len, position)[0][-1] == pytest.approx(30.1e-3, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "contexts", [(512, 1024), (512, 1024, 2048)]
-)
+@pytest.mark.parametrize("contexts", [(512, 1024), (512, 1024, 2048)])
 def test_a_profile_of_plain_decoding_alone_can_be_fitted(contexts):
     model = fit_latency(made_profile(drafters=[], contexts=contexts))
     assert predicted(model, PLAIN, 1024) == pytest.approx(sum(linear_round_s(FullKV(), 0, 1024)), rel=1e-2)
     assert model.max_draft_len == {NO_DRAFTER: 0}
 
 
-@pytest.mark.parametrize(
-    "contexts", [(512, 1024), (512, 1024, 2048)]
-)
+@pytest.mark.parametrize("contexts", [(512, 1024), (512, 1024, 2048)])
 def test_an_ngram_drafter_that_found_nothing_can_be_fitted(contexts):
     def nothing(sample):
         return msgspec.structs.replace(sample, drafted=[0] * len(sample.drafted))

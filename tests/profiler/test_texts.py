@@ -1,5 +1,6 @@
 """Prompts of an exact length, never overlapping, of every kind alike; what is wrong with a file is said with its line."""
 
+import hashlib
 import json
 from collections import Counter
 
@@ -40,6 +41,10 @@ def raw(path, length, letter="a"):
     return path
 
 
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+
+
 def chats(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
@@ -62,7 +67,7 @@ def test_raw_prompts_have_the_length_asked_for_and_say_where_they_are_from(tmp_p
     for prompt in prompts:
         begin = [] if bos_token is None else [bos_token]
         assert prompt.tokens == begin + [0x4E00 + prompt.offset + i for i in range(prompt.extent)]
-        assert prompt.key == f"a.txt@{prompt.offset}+{prompt.extent}"
+        assert prompt.key == f"a.txt#{digest(file)}@{prompt.offset}+{prompt.extent}"
     covered = Counter(i for prompt in prompts for i in range(prompt.offset, prompt.offset + prompt.extent))
     assert set(covered.values()) == {1}
 
@@ -100,7 +105,7 @@ def test_too_little_text_is_refused_with_what_there_is(tmp_path):
     with pytest.raises(BadInput, match="4 prompts of 10 tokens are needed, the dataset holds 3; add files or lower --texts"):
         draw([file], count=4)
     with pytest.raises(BadInput, match="2 prompts of 10 tokens that the profile did not see are needed, the dataset holds 1"):
-        draw([file], count=2, seen=["a.txt@5+10"])
+        draw([file], count=2, seen=[f"a.txt#{digest(file)}@5+10"])
     with pytest.raises(BadInput, match="--dataset FILE"):
         draw([])
 
@@ -131,7 +136,7 @@ def test_every_kind_weighs_the_same_however_many_files_it_has(tmp_path):
     files = [raw(tmp_path / "prose" / f"{i}.txt", 1000) for i in range(3)] + [raw(tmp_path / "code" / "x.txt", 100)]
     prompts = draw(files, count=12)
     assert Counter(prompt.kind for prompt in prompts) == {"prose": 6, "code": 6}
-    assert Counter(prompt.source for prompt in prompts if prompt.kind == "prose") == {"0.txt": 2, "1.txt": 2, "2.txt": 2}
+    assert Counter(prompt.source[:5] for prompt in prompts if prompt.kind == "prose") == {"0.txt": 2, "1.txt": 2, "2.txt": 2}
 
 
 def test_a_kind_that_runs_out_leaves_the_rest_to_the_others(tmp_path):
@@ -160,10 +165,11 @@ PROMPT = {"prompt": "hello"}
 
 @pytest.mark.parametrize("record, length", [(HELLO, 10), (SHARE_GPT, 7), (PROMPT, 5)])
 def test_a_chat_ends_where_the_last_user_waits_for_an_answer(tmp_path, record, length):
-    (prompt,) = draw([chats(tmp_path / "c.jsonl", record)], length=min(length, 7))
+    file = chats(tmp_path / "c.jsonl", record)
+    (prompt,) = draw([file], length=min(length, 7))
     whole = ([SYSTEM, *TOKENIZER.encode("be")] if record is HELLO else []) + [USER, *TOKENIZER.encode("hello"), ANSWER]
     assert prompt.tokens == whole[-min(length, 7) :]
-    assert prompt.key == "c.jsonl@0+1"
+    assert prompt.key == f"c.jsonl#{digest(file)}@0+1"
 
 
 def test_chats_are_joined_until_they_fill_the_length_and_the_oldest_tokens_are_cut(tmp_path):

@@ -21,7 +21,7 @@ STARTS_PER_PASS = 64  # rounds replayed in one forward pass: bounds its mask and
 
 class SelfSparseDrafter:
     def __init__(self, model: Transformer, policy: SparseKV, *, draft_len: int, batch: int):
-        self.model, self.policy = model, policy
+        self.model, self.policy, self.draft_len = model, policy, draft_len
         self.cache = SparseKVCache(model.spec, policy, draft_len=draft_len, batch=batch, dtype=model.dtype, device=model.device)
         self._positions: list[int] = []
 
@@ -35,7 +35,7 @@ class SelfSparseDrafter:
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
         B, K = len(histories), max(draft_lens)
         device = self.model.device
-        uniform = uniforms(generators, K)
+        uniform = uniforms(generators, self.draft_len)  # as many whatever is drafted: neighbours must not change what a stream draws
         tokens = torch.tensor([history[-1] for history in histories], device=device)
         position = torch.tensor([len(history) - 1 for history in histories], device=device)
         drafted, probs = [], []
