@@ -8,10 +8,10 @@ from planner.specs import ModelSpec
 
 
 def tiny_spec(**changes) -> ModelSpec:
-    shape = dict(
-        name="tiny", architecture="llama", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=32, intermediate_size=48,
-        vocab_size=61, max_context_len=4096, rope_theta=1e4, rms_norm_eps=1e-5, tie_embeddings=True,
-    )  # fmt: skip
+    shape = {
+        "name": "tiny", "architecture": "llama", "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "hidden_size": 32,
+        "intermediate_size": 48, "vocab_size": 61, "max_context_len": 4096, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "tie_embeddings": True,
+    }  # fmt: skip
     return ModelSpec(**(shape | changes))
 
 

@@ -16,6 +16,7 @@ from planner.plans import Check, CheckCell, Estimate, Interval, Plan, Sweep, Swe
 from planner.specs import PLAIN, DraftConfig, Workload, checked, describe
 
 TOLERANCE = 0.05  # a check passes unless the choice is shown to be worse than this
+MACHINE_SHIFT = 0.05  # of plain decoding against the profile, beyond which absolute times say little
 EPSILON_TEXTS = 4  # texts between two looks of an elimination
 MAX_EPSILON_TEXTS = 64
 
@@ -208,6 +209,13 @@ def _report(plan: Plan, plan_sha256, arms, trials, environment, warnings, minute
             )
         )
     found, best = regret(table, plan.chosen), best_of(table)
+    plain = next(cell for cell in cells if cell.config == PLAIN)
+    shift = plain.measured_tpot_s.value / plain.predicted.tpot_s.value - 1
+    if abs(shift) > MACHINE_SHIFT:
+        warnings = [
+            *warnings,
+            f"plain decoding took {shift:+.0%} against the profile: the machine has changed since; compare ratios, or profile again",
+        ]
     num_texts = len({trial.text for trial in trials})
     passed = found.low <= TOLERANCE if epsilon is None else shown is True
     return Check(

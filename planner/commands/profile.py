@@ -23,10 +23,10 @@ from planner.measurements import (
     Seconds,
     Text,
 )
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, checked, describe_sampler
+from planner.specs import PLAIN, DeviceSpec, DraftConfig, DrafterSpec, Sampler, SparseKV, checked, describe_sampler
 
 MIN_TEXTS = 4  # kept whatever --max-minutes says: below, an interval means nothing
-GROUP_SHARE = 0.25  # of the free memory, for the caches of the texts that are written side by side
+GROUP_SHARE = 0.25  # of the memory that the weights leave, for the caches of the texts that are written side by side
 MAX_GROUP = 16
 
 
@@ -72,7 +72,7 @@ def measure(
     *,
     settings: Settings,
     progress: Progress,
-    began: float,  # perf_counter when the clock of the profile started
+    began: float,  # perf_counter when the profile's minutes started to count
     out: str | Path | None = None,
     resume: bool = False,
 ) -> Profile:
@@ -83,15 +83,16 @@ def measure(
     settings = _checked(settings, session)
     environment = read_environment(session.model.device)
     device = describe_device(session.model.device)
+    group = _group_size(session, device, settings)
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
     header = _Run(
         planner_version=planner.__version__, fingerprint=session.model.fingerprint, device=device.name, num_cores=device.num_cores,
-        dtype=str(session.model.dtype), settings=settings._replace(max_minutes=None), texts=[prompt.key for prompt in prompts],
+        dtype=str(session.model.dtype), settings=settings._replace(max_minutes=None), group=group, texts=[prompt.key for prompt in prompts],
     )  # fmt: skip
     journal = None if out is None else Journal(journal_path(out), header, resume=resume)
     done = list(journal.entries(_PassDone | _TextsDone)) if journal else []
     deadline = None if settings.max_minutes is None else began + 60 * settings.max_minutes
-    clock = _Clock(began, {"earlier": sum(entry.minutes for entry in done)} if done else {})
+    num_earlier = len(done)
 
     def finish(entry: "_PassDone | _TextsDone") -> None:
         if journal:
@@ -101,18 +102,20 @@ def measure(
     timing = _Timing(session, _prepare(session, prompts[0], settings), settings, [entry for entry in done if isinstance(entry, _PassDone)])
     known = {(entry.first, entry.context_len, entry.sampler) for entry in done if isinstance(entry, _TextsDone)}
     warnings = []
-    steps = _measure_acceptance(session, prompts, settings, known, deadline, progress, warnings)
+    steps = _measure_acceptance(
+        session, prompts, settings, group=group, known=known, deadline=deadline, progress=progress, warnings=warnings
+    )  # fmt: skip
     if not timing.passes:
         finish(timing.run(progress))
     for entry in steps:
         finish(entry)
-        if timing.due(sum(isinstance(entry, _TextsDone) for entry in done)):
+        texts_done = sum(isinstance(entry, _TextsDone) for entry in done)
+        if timing.due(texts_done / (-(-len(prompts) // group) * len(settings.contexts) * len(settings.samplers))):
             finish(timing.run(progress))
     while not timing.complete:
         finish(timing.run(progress))
     texts, samples, prefill = _assembled([entry for entry in done if isinstance(entry, _TextsDone)], settings)
     rounds = timing.rounds + timing.again()
-    clock.stop("measuring")
     return Profile(
         model=model,
         target=session.model.spec,
@@ -132,7 +135,11 @@ def measure(
         prefill=prefill,
         memory=[entry.memory for entry in timing.passes[:1]],
         failures=timing.failures,
-        minutes=clock.minutes,
+        minutes={
+            "rounds": sum(entry.minutes for entry in done if isinstance(entry, _PassDone)),
+            "texts": sum(entry.minutes for entry in done if isinstance(entry, _TextsDone)),
+            "other": (time.perf_counter() - began) / 60 - sum(entry.minutes for entry in done[num_earlier:]),
+        },
         warnings=complaints(environment) + warnings + _repetition(texts),
     )
 
@@ -170,6 +177,7 @@ class _Run(msgspec.Struct, kw_only=True):
     num_cores: int | None
     dtype: str
     settings: Settings
+    group: int
     texts: list[str]
 
 
@@ -194,17 +202,6 @@ class _TextsDone(msgspec.Struct, kw_only=True, tag="texts"):
     minutes: float
 
 
-class _Clock:
-    def __init__(self, began: float, minutes: dict[str, float]):
-        self._last = began
-        self.minutes = minutes
-
-    def stop(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.minutes[stage] = (now - self._last) / 60
-        self._last = now
-
-
 def _checked(settings: Settings, session: Session) -> Settings:
     spec = session.model.spec
     for context_len in settings.contexts:
@@ -226,6 +223,14 @@ def _checked(settings: Settings, session: Session) -> Settings:
         samplers=[checked(sampler) for sampler in settings.samplers],
         policies=[checked(policy) for policy in settings.policies],
     )
+
+
+def _group_size(session: Session, device: DeviceSpec, settings: Settings) -> int:
+    """Texts written side by side: as many as fit, but small groups where the time is limited and may end between them."""
+    stream_tokens = max(settings.contexts) + settings.output_len
+    stream_bytes = stream_tokens * session.model.spec.kv_bytes_per_token(str(session.model.dtype).removeprefix("torch."))
+    fitting = int((device.memory_bytes - session.model.nbytes) * GROUP_SHARE / stream_bytes)
+    return max(1, min(MAX_GROUP if settings.max_minutes is None else MIN_TEXTS, fitting))
 
 
 def _prepare(session: Session, prompt, settings: Settings) -> dict:
@@ -270,10 +275,9 @@ class _Timing:
 
         return merge_passes([entry.rounds for entry in self.passes])
 
-    def due(self, texts_done: int) -> bool:
-        """Whether the next pass belongs behind this many groups of texts; the last one is kept for the end."""
-        groups = -(-self._settings.num_texts // MAX_GROUP) * len(self._settings.contexts) * len(self._settings.samplers)
-        return len(self.passes) < min(self._wanted - 1, 1 + (self._wanted - 1) * texts_done / groups)
+    def due(self, share: float) -> bool:
+        """Whether the next pass belongs behind this share of the texts; the last one is kept for the end."""
+        return len(self.passes) < min(self._wanted - 1, 1 + (self._wanted - 1) * share)
 
     def run(self, progress: Progress) -> _PassDone:
         from planner.profiler.device import PeakMemory
@@ -304,8 +308,16 @@ class _Timing:
 
 
 def _measure_acceptance(
-    session: Session, prompts: list, settings: Settings, known: set[tuple], deadline: float | None, progress: Progress, warnings: list[str]
-) -> Iterator[_TextsDone]:  # fmt: skip
+    session: Session,
+    prompts: list,
+    settings: Settings,
+    *,
+    group: int,
+    known: set[tuple],
+    deadline: float | None,
+    progress: Progress,
+    warnings: list[str],
+) -> Iterator[_TextsDone]:
     """Groups of prompts, each continued at every context under every sampler; what is known is passed over.
 
     A shorter context is the beginning of the longer one's prompt, so prefill goes on where it was.
@@ -313,25 +325,24 @@ def _measure_acceptance(
     import torch
 
     from planner.profiler.acceptance import replay, write_texts
-    from planner.profiler.device import available_memory
     from planner.profiler.timer import synchronize
     from planner.runtime.decode import cache_capacity
     from planner.runtime.model import prefill
 
     model, configs = session.model, drafts(settings)
     capacity = cache_capacity(max(settings.contexts), settings.output_len, 0)
-    stream_bytes = capacity * model.spec.kv_bytes_per_token(str(model.dtype).removeprefix("torch."))
-    group = max(1, min(MAX_GROUP, int(available_memory(model.device) * GROUP_SHARE / stream_bytes)))
+    group_s = 0.0  # how long the last group took
     for first in range(0, len(prompts), group):
         batch = prompts[first : first + group]
         todo = [(c, s) for c in settings.contexts for s in settings.samplers if (first, c, s) not in known]
         if not todo:
             continue
-        if first >= MIN_TEXTS and deadline is not None and time.perf_counter() > deadline:
+        if first >= MIN_TEXTS and deadline is not None and time.perf_counter() + group_s > deadline:
             warnings.append(f"stopped after {first} of {len(prompts)} texts, --max-minutes was up: intervals are wider than asked for")
             return
         cache = model.new_cache(capacity, batch=len(batch))
-        elapsed, last = [0.0] * len(batch), time.perf_counter()
+        begin_s = last = time.perf_counter()
+        elapsed = [0.0] * len(batch)
         for begin, context_len in zip([0, *settings.contexts], settings.contexts):
             logits = []
             cache.truncate(begin)
@@ -363,8 +374,9 @@ def _measure_acceptance(
                     first=first, context_len=context_len, sampler=sampler, prefill_s=list(elapsed), texts=texts, samples=samples,
                     minutes=(now - last) / 60,
                 )  # fmt: skip
-                last = now
+                last = time.perf_counter()
             cache.lengths = [context_len] * len(batch)
+        group_s = time.perf_counter() - begin_s
 
 
 def _assembled(done: list[_TextsDone], settings: Settings) -> tuple[list[Text], list[AcceptanceSample], list[PrefillSample]]:

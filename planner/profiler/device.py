@@ -102,13 +102,6 @@ class PeakMemory:
         return psutil.Process().memory_info().rss
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that could still be allocated."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

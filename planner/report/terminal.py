@@ -94,9 +94,13 @@ def show_plan(plan: Plan, path: str | Path | None) -> None:
         threshold = f"{plan.break_even_tokens_per_round:.2f} tokens per round"
         lines.append(("Break-even", f"{describe(plan.best_speculative)} pays above {threshold}{predicted}"))
     for tie in plan.ties:
-        cost = f"Should it turn out at its best, the choice is {100 * tie.cost_of_being_wrong:.1f} % worse"
-        settle = f"To settle it: {clean(tie.settle)}"
-        lines.append(("Tie", f"{describe(tie.config)} costs {_percent(tie.difference)} % against the choice. {cost}. {settle}"))
+        lines.append(
+            (
+                "Tie",
+                f"{describe(tie.config)} costs {_percent(tie.difference)} %; if it is the better one, at most {100 * tie.cost_of_being_wrong:.1f} % is lost",
+            )
+        )
+    lines += [("To settle", settle) for settle in dict.fromkeys(clean(tie.settle) for tie in plan.ties)]
     lines += _refused(plan)
     lines += [("Note", clean(note)) for note in dict.fromkeys([*plan.notes, *plan.estimate.notes, *plan.baseline.notes])]
     lines += [

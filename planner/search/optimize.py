@@ -113,7 +113,7 @@ def _what_settles(chosen: Prediction, other: Prediction, gap: Interval) -> str:
         num_texts = max(chosen.estimate.num_texts, other.estimate.num_texts)
         needed = num_texts * (half / max(abs(gap.value), NEGLIGIBLE)) ** 2
         return f"profile about {max(num_texts + 1, math.ceil(needed))} texts instead of {num_texts} (--texts)"
-    return f"run them: planner check PLAN --epsilon {max(NEGLIGIBLE, abs(gap.value)):.0%}; the fit is no more certain than that"
+    return "run them (planner check PLAN --epsilon 3%): the fit of round times is not certain enough to tell"
 
 
 def command(model: str, dtype: DType, config: DraftConfig, workload: Workload) -> str:

@@ -101,6 +101,7 @@ def test_a_profile_is_complete_and_survives_the_disk(measured):
     assert {sample.kv for sample in profile.acceptance if sample.drafter == SELF_SPARSE} == set(POLICIES)
     assert not profile.failures
     assert all(listener.done[name] == total for name, total in listener.stages.items())
+    assert {"rounds, pass 4 of 4", "prompts at 96 tokens", "texts at 96 tokens, greedy"} <= set(listener.stages)
     drift = [sample for sample in profile.rounds if sample.role == "drift"]
     assert len(drift) == 1 and drift[0].draft_len == 0
 
@@ -166,3 +167,24 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(dataset, tmp_path, loaded
     assert len(keys) == len(set(keys)) == 6
     finished = [msgspec.json.decode(line)["trial"]["decode_s"] for line in before]
     assert set(finished) <= {trial.decode_s for cell in found.cells for trial in cell.trials}
+
+
+def test_an_interrupted_profile_goes_on_where_it_stopped(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("planner.commands.profile.open_session", shared_session)
+    out = tmp_path / "profile.json"
+    settings = SETTINGS._replace(policies=POLICIES[:1], max_draft_len=1, output_len=16)
+    options = {"settings": settings, "dtype": "float32", "device": "cpu", "out": out}
+    with pytest.raises(Interrupted):
+        planner.profile(MODEL, dataset, progress=Listener("texts at 96 tokens, temperature 1", after=2), **options)
+    before = journal_path(out).read_bytes().splitlines()
+    assert len(before) == 1 + 3  # header, a pass over the rounds, the greedy texts, another pass
+
+    with pytest.raises(BadInput, match="another run"):
+        planner.profile(MODEL, dataset, resume=True, **(options | {"settings": settings._replace(seed=7)}))
+    found = planner.profile(MODEL, dataset, resume=True, **options)
+    after = journal_path(out).read_bytes().splitlines()
+    assert after[: len(before)] == before and len(after) == 1 + 4 + 2  # nothing measured twice
+    greedy = next(msgspec.json.decode(line) for line in before if b'"texts"' in line[:20] or b'"type":"texts"' in line)
+    assert [text.offset for text in found.texts if text.sampler.greedy] == [text["offset"] for text in greedy["texts"]]
+    assert len(found.texts) == 4 * 2
+    assert all(len(sample.draft_s) == 4 * 3 for sample in found.rounds if sample.role == "cell")

@@ -1,5 +1,7 @@
 """Lossless or not: greedy output equals plain output, sampled output follows the target, wrong rules are caught."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -107,7 +109,7 @@ def joint_frequencies(model, config, sampler, drafter=None, runs=4000, batch=100
             generators=[torch.Generator().manual_seed(run_index * batch + b) for b in range(batch)],
         )  # fmt: skip
         texts = list(zip(*([row for row in r.tokens] for r in rounds)))
-        for text in (sum(pieces, []) for pieces in texts):
+        for text in (list(itertools.chain.from_iterable(pieces)) for pieces in texts):
             counts[text[1], text[2]] += 1
     return counts
 
