@@ -6,14 +6,13 @@
     commit(k)     = a + b k
 
 n = 1 has a term of its own: devices use other kernels for it. `verify` is also tried with a floor, max(floor, ..), as
-launch-bound devices have it, and with a free value at every measured width ("steps"), as matrix units have it; the form
-that predicts left-out cells best is used. Coefficients are not negative. Rounds far from their cell's median (a
-neighbour on the machine) count as outliers and are left out; what remains is fitted by relative error.
+launch-bound devices have it, and with a free value at every measured width ("steps"), as matrix units have it; the
+simplest form that predicts left-out cells about as well as any is used. Coefficients are not negative. Rounds far from
+their cell's median (a neighbour on the machine) are left out; what remains is fitted by relative error.
 
 k  tokens drafted in a round     r  tokens a draft step reads     L  committed tokens
 """
 
-from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from planner.errors import BadInput
 from planner.measurements import Profile, RoundSample
 from planner.specs import DraftConfig, DrafterSpec, FullKV, describe
 
-OUTLIER_MADS = 5.0  # median absolute deviations; 5 keeps all but a few in a million of a normal sample
+OUTLIER_MADS = 5.0  # standard deviations, by the median absolute deviation: keeps all but a few in a million of a normal sample
 HUBER = 0.02  # relative residual from which a cell's pull on the fit no longer grows
 
 
@@ -57,7 +56,8 @@ class LatencyModel:
         self.drift = _drift(profile)
 
         scores = {form: self._errors(points, form) for form in FORMS}
-        self.form = min(FORMS, key=lambda form: (_rms(scores[form]), FORMS.index(form)))
+        enough = 1.05 * min(map(_rms, scores.values())) + 1e-3  # a richer form has to be better by more than chance
+        self.form = next(form for form in FORMS if _rms(scores[form]) <= enough)
         self._fits = [_Fit(points, self.form), *(fit for fit, _ in self._without(points, _groups(points, "cell"), self.form))]
         errors = scores[self.form]
         self.error = max(_rms(errors), _rms([point.standard_error for point in points]))  # relative, of a round in a cell not measured
@@ -114,7 +114,7 @@ def fit_latency(profile: Profile) -> LatencyModel:
     return LatencyModel(profile)
 
 
-FORMS = ("bilinear", "floor", "steps")
+FORMS = ("bilinear", "floor", "steps")  # simplest first
 
 
 class _Fit:
@@ -179,20 +179,22 @@ class _Fit:
 
 
 def _points(cell: int, sample: RoundSample) -> list[Point]:
-    total = sample.round_s
-    center = np.median(total)
-    scale = 1.4826 * np.median(np.abs(total - center))
-    kept = np.abs(total - center) <= OUTLIER_MADS * scale if scale > 0 and len(set(sample.drafted)) == 1 else np.ones(len(total), dtype=bool)
-    by_drafted = defaultdict(list)
-    for i in np.flatnonzero(kept):
-        by_drafted[sample.drafted[i]].append(i)
-    read = sample.kv.read(sample.context_len) if not isinstance(sample.kv, FullKV) else 0
+    total, drafted = sample.round_s, np.array(sample.drafted)
+    read = 0 if isinstance(sample.kv, FullKV) else sample.kv.read(sample.context_len)
     found = []
-    for drafted, rows in by_drafted.items():
+    for count in sorted(set(sample.drafted)):
+        rows = _without_outliers(total, np.flatnonzero(drafted == count))
         mean = [float(np.mean(np.array(values)[rows])) for values in (sample.position, sample.draft_s, sample.verify_s, sample.commit_s)]
         error = float(np.std(total[rows], ddof=1) / np.sqrt(len(rows)) / total[rows].mean()) if len(rows) > 1 else 0.0
-        found.append(Point(cell, sample.context_len, sample.drafter, drafted, read, *mean, error))
+        found.append(Point(cell, sample.context_len, sample.drafter, count, read, *mean, error))
     return found
+
+
+def _without_outliers(seconds: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The rows whose time is near their median."""
+    distance = np.abs(seconds[rows] - np.median(seconds[rows]))
+    scale = 1.4826 * np.median(distance)  # of a normal sample, the standard deviation
+    return rows[distance <= OUTLIER_MADS * scale] if scale > 0 else rows
 
 
 def _groups(points: list[Point], field: str) -> list[list[Point]]:
