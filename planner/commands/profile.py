@@ -13,7 +13,6 @@ from planner.commands.session import Session, open_session
 from planner.errors import BadInput
 from planner.files import Journal, journal_path
 from planner.measurements import (
-    MIN_DISTINCT_4GRAMS,
     AcceptanceSample,
     Failure,
     MemorySample,
@@ -140,7 +139,7 @@ def measure(
             "texts": sum(entry.minutes for entry in done if isinstance(entry, _TextsDone)),
             "other": (time.perf_counter() - began) / 60 - sum(entry.minutes for entry in done[num_earlier:]),
         },
-        warnings=complaints(environment) + warnings + _repetition(texts),
+        warnings=complaints(environment) + warnings,
     )
 
 
@@ -395,16 +394,3 @@ def _assembled(done: list[_TextsDone], settings: Settings) -> tuple[list[Text], 
                 )
     prefill = [PrefillSample(context_len=c, seconds=[s for group in prefill_s[c].values() for s in group]) for c in settings.contexts]
     return texts, samples, prefill
-
-
-def _repetition(texts: list) -> list[str]:
-    warnings = []
-    for sampler in dict.fromkeys(text.sampler for text in texts):
-        own = [text for text in texts if text.sampler == sampler]
-        looping = sum(text.distinct_4grams < MIN_DISTINCT_4GRAMS for text in own)
-        if looping:
-            name = "greedy" if sampler.greedy else f"temperature {sampler.temperature:g}"
-            warnings.append(
-                f"{looping} of {len(own)} texts written with {name} repeat themselves (distinct 4-grams below {MIN_DISTINCT_4GRAMS}): their acceptance is inflated"
-            )
-    return warnings
