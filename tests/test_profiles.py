@@ -21,6 +21,8 @@ def test_a_shipped_profile_makes_a_plan_for_each_of_its_workloads(path):
     assert profile.source and profile.environment.date and profile.device.name
     for context_len in profile.contexts:
         for sampler in profile.samplers:
-            plan = planner.plan(path, context_len=context_len, temperature=sampler.temperature, top_p=sampler.top_p, top_k=sampler.top_k, objective="tpot")
+            plan = planner.plan(
+                path, context_len=context_len, temperature=sampler.temperature, top_p=sampler.top_p, top_k=sampler.top_k, objective="tpot"
+            )
             assert plan.estimate.tpot_s.value <= plan.baseline.tpot_s.value
             assert plan.num_candidates > 1 and not plan.rejected

@@ -87,7 +87,7 @@ def candidates(models: Models) -> list[DraftConfig]:
 
 
 def find_ties(chosen: Prediction, others: list[Prediction], objective: Objective) -> list[Tie]:
-    """The configurations that cannot be told from the choice at 90 %, nearest first."""
+    """The configurations that cannot be told from the choice at 90 %: off first, then the nearest."""
     ties = []
     for other in others:
         gap = difference(other, chosen, objective)
@@ -101,7 +101,8 @@ def find_ties(chosen: Prediction, others: list[Prediction], objective: Objective
                 settle=_what_settles(chosen, other, gap),
             )
         )
-    return ties[:MAX_TIES]
+    plain = [tie for tie in ties if tie.config == PLAIN]
+    return [*plain, *(tie for tie in ties if tie.config != PLAIN)][:MAX_TIES]  # that it may not pay at all comes first
 
 
 def _what_settles(chosen: Prediction, other: Prediction, gap: Interval) -> str:
