@@ -7,8 +7,9 @@
 
 n = 1 has a term of its own: devices use other kernels for it. `verify` is also tried with a floor, max(floor, ..), as
 launch-bound devices have it, and with a free value at every measured width ("steps"), as matrix units have it; the
-simplest form that predicts left-out cells about as well as any is used. Coefficients are not negative. Rounds far from
-their cell's median (a neighbour on the machine) are left out; what remains is fitted by relative error.
+simplest form that predicts left-out cells about as well as any is used. Coefficients are not negative. Each
+pass over the cells has a pace of its own, which is divided out: a slow minute is the machine's, not a cell's. Rounds far
+from their cell's median are left out; what remains is fitted by relative error.
 
 k  tokens drafted in a round     r  tokens a draft step reads     L  committed tokens
 """
@@ -46,7 +47,8 @@ class LatencyModel:
 
     def __init__(self, profile: Profile):
         samples = [sample for sample in profile.rounds if sample.role == "cell"]
-        points = [point for cell, sample in enumerate(samples) for point in _points(cell, sample)]
+        pace = _pace(samples)
+        points = [point for cell, sample in enumerate(samples) for point in _points(cell, sample, pace)]
         self._contexts = len({sample.context_len for sample in samples})
         self._prefill = {sample.context_len: np.array(sample.seconds) for sample in profile.prefill}
         self._start_s = {
@@ -54,6 +56,7 @@ class LatencyModel:
         }
         self.max_draft_len = {drafter: max(x.draft_len for x in samples if x.drafter == drafter) for drafter in self._start_s}
         self.drift = _drift(profile)
+        self.unsteadiness = max(abs(self.drift), float(np.std(pace, ddof=1)) if len(pace) > 1 else 0.0)  # relative, common to all rounds of a moment
 
         scores = {form: self._errors(points, form) for form in FORMS}
         enough = 1.05 * min(map(_rms, scores.values())) + 1e-3  # a richer form has to be better by more than chance
@@ -178,13 +181,32 @@ class _Fit:
         self._floor, self._verify = found.x[0], found.x[1:]
 
 
-def _points(cell: int, sample: RoundSample) -> list[Point]:
-    total, drafted = sample.round_s, np.array(sample.drafted)
+def _pace(samples: list[RoundSample]) -> np.ndarray:
+    """How slow each pass was, mean 1: the median over cells of a pass's rounds against the cell's own mean. Empty where passes do not match.
+
+    Every pass holds every cell, so what all of them share is the machine's and not theirs.
+    """
+    counts = {len(sample.start_s) for sample in samples}
+    if len(counts) != 1 or min(len(sample.draft_s) for sample in samples) < max(counts):
+        return np.ones(0)
+    rounds = np.array([[np.median(part) for part in np.array_split(sample.round_s, len(sample.start_s))] for sample in samples])  # [cells, passes]
+    pace = np.median(rounds / rounds.mean(1, keepdims=True), axis=0)
+    return pace / pace.mean()
+
+
+def _points(cell: int, sample: RoundSample, pace: np.ndarray) -> list[Point]:
+    """The cell's rounds as they would have been at the mean pace."""
+    drafted = np.array(sample.drafted)
+    slow = (
+        np.concatenate([np.full(len(part), p) for part, p in zip(np.array_split(drafted, len(pace)), pace)]) if len(pace) else np.ones(len(drafted))
+    )
+    draft_s, verify_s, commit_s = (np.array(phase) / slow for phase in (sample.draft_s, sample.verify_s, sample.commit_s))
+    total = draft_s + verify_s + commit_s
     read = 0 if isinstance(sample.kv, FullKV) else sample.kv.read(sample.context_len)
     found = []
     for count in sorted(set(sample.drafted)):
         rows = _without_outliers(total, np.flatnonzero(drafted == count))
-        mean = [float(np.mean(np.array(values)[rows])) for values in (sample.position, sample.draft_s, sample.verify_s, sample.commit_s)]
+        mean = [float(np.mean(values[rows])) for values in (np.array(sample.position), draft_s, verify_s, commit_s)]
         error = float(np.std(total[rows], ddof=1) / np.sqrt(len(rows)) / total[rows].mean()) if len(rows) > 1 else 0.0
         found.append(Point(cell, sample.context_len, sample.drafter, count, read, *mean, error))
     return found

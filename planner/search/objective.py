@@ -1,8 +1,8 @@
 """What a configuration costs and gains under a workload, with its interval; or why it is out of the question.
 
 Uncertainty has four parts: texts scatter, cells that were left out of the fit moved it, cells not measured are missed
-by the fit's error, and the machine drifted during the profile. A comparison of two configurations uses the same texts
-and the same left-out cells, and what they share cancels.
+by the fit's error, and the machine changed its pace between passes. A comparison of two configurations uses the same
+texts and the same left-out cells, and what they share cancels; the machine's pace does too, so it widens times only.
 """
 
 import math
@@ -68,7 +68,7 @@ def predict(models: Models, config: DraftConfig, workload: Workload) -> Predicti
         num_texts = min(len(r) for _, r, _ in rounds)
 
     tpot, error = float(means[0]), latency.plain_error if config.draft_len == 0 else latency.error
-    latency_variance = _jackknife(means[1:]) + (tpot * error) ** 2 + (tpot * latency.drift) ** 2
+    latency_variance = _jackknife(means[1:]) + (tpot * error) ** 2 + (tpot * latency.unsteadiness) ** 2
     half = _quantile(num_texts)
     tpot_s = _interval(tpot, half * math.sqrt(text_variance + latency_variance))
     ttft, ttft_sd = latency.ttft_s(config, workload.context_len)

@@ -139,9 +139,10 @@ def command(model: str, dtype: DType, config: DraftConfig, workload: Workload) -
 def _notes(models: Models, chosen: Prediction) -> list[str]:
     profile = models.profile
     notes = list(chosen.estimate.notes) + list(profile.warnings)
-    if abs(models.latency.drift) > 0.05:
+    if models.latency.unsteadiness > 0.05:
         notes.append(
-            f"the machine drifted by {models.latency.drift:+.0%} during the profile: intervals include it; measure again on an idle machine for narrower ones"
+            f"the machine's pace varied by {models.latency.unsteadiness:.0%} during the profile: times include it, speedups do not; "
+            "measure on an idle machine for narrower times"
         )
     if profile.source != "own runtime":
         notes.append(f"latency was measured with {profile.source}: acceptance carries over to other engines, latency does not")
