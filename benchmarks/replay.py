@@ -17,7 +17,7 @@ from planner.profiler.trial import run_trials
 from planner.runtime.model import prefill
 from planner.specs import DraftConfig, DrafterSpec, Sampler, SparseKV
 
-CONTEXT_LEN, OUTPUT_LEN, NUM_TEXTS, DRAFT_LEN = 1024, 96, 8, 4
+CONTEXT_LEN, OUTPUT_LEN, NUM_TEXTS, DRAFT_LEN = 1024, 64, 6, 4
 
 
 def main() -> None:
