@@ -182,14 +182,16 @@ class _Fit:
 
 
 def _pace(samples: list[RoundSample]) -> np.ndarray:
-    """How slow each pass was, mean 1: the median over cells of a pass's rounds against the cell's own mean. Empty where passes do not match.
+    """How slow each pass was, mean 1: the median over cells of a pass's rounds against the cell's own mean. One pace where passes do not match.
 
     Every pass holds every cell, so what all of them share is the machine's and not theirs.
     """
     counts = {len(sample.start_s) for sample in samples}
     if len(counts) != 1 or min(len(sample.draft_s) for sample in samples) < max(counts):
-        return np.ones(0)
-    rounds = np.array([[np.median(part) for part in np.array_split(sample.round_s, len(sample.start_s))] for sample in samples])  # [cells, passes]
+        return np.ones(1)
+    rounds = np.array(
+        [[np.median(part) for part in np.array_split(np.maximum(sample.round_s, 1e-9), len(sample.start_s))] for sample in samples]
+    )  # [cells, passes]
     pace = np.median(rounds / rounds.mean(1, keepdims=True), axis=0)
     return pace / pace.mean()
 
@@ -197,9 +199,7 @@ def _pace(samples: list[RoundSample]) -> np.ndarray:
 def _points(cell: int, sample: RoundSample, pace: np.ndarray) -> list[Point]:
     """The cell's rounds as they would have been at the mean pace."""
     drafted = np.array(sample.drafted)
-    slow = (
-        np.concatenate([np.full(len(part), p) for part, p in zip(np.array_split(drafted, len(pace)), pace)]) if len(pace) else np.ones(len(drafted))
-    )
+    slow = np.repeat(pace, [len(part) for part in np.array_split(drafted, len(pace))])
     draft_s, verify_s, commit_s = (np.array(phase) / slow for phase in (sample.draft_s, sample.verify_s, sample.commit_s))
     total = draft_s + verify_s + commit_s
     read = 0 if isinstance(sample.kv, FullKV) else sample.kv.read(sample.context_len)
