@@ -40,6 +40,7 @@ Objective = Annotated[str, typer.Option(help="What to minimise: e2e (seconds per
 DrafterName = Annotated[str, typer.Option(help="none, ngram or self_sparse.")]
 Budget = Annotated[int | None, typer.Option("--kv-budget", help="Tokens that self_sparse attends to, sinks and recent window included.")]
 Selection = Annotated[str | None, typer.Option(help="window (sinks + recent) or chunk (chunks by the last key + recent).")]
+Concurrency = Annotated[int, typer.Option("--max-concurrency", help="Streams that run side by side, all the time.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts and sampling.")]
 
 
@@ -59,6 +60,7 @@ def profile(
     max_draft_len: Annotated[int, typer.Option(help="Longest draft of interest, in tokens.")] = 8,
     texts: Annotated[int, typer.Option(help="Prompts per context, at least 4; 16 give useful intervals.")] = 16,
     output_len: Annotated[int, typer.Option(help="Tokens that the target writes behind each prompt.")] = 128,
+    batches: Annotated[str, typer.Option(help="Streams side by side to time rounds at, e.g. 1,4,8; plans need batches within them.")] = "1",
     max_minutes: Annotated[float | None, typer.Option(help="Stop replaying further texts after this.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted profile with the same --out stopped.")] = False,
     dtype: Dtype = "bfloat16",
@@ -83,6 +85,7 @@ def profile(
     settings = Settings(
         contexts=parse_numbers(contexts, int, "--contexts"), samplers=samplers, policies=policies, max_draft_len=max_draft_len,
         num_texts=texts, output_len=output_len, seed=seed, max_minutes=max_minutes,
+        batches=parse_numbers(batches, int, "--batches"),
     )  # fmt: skip
     with terminal.progress("profile", quiet=quiet) as progress:
         result = planner.profile(model, _paths(dataset), settings=settings, dtype=dtype, device=device, out=out, resume=resume, progress=progress)
@@ -99,6 +102,7 @@ def plan(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    max_concurrency: Concurrency = 1,
     memory_cap: Annotated[str | None, typer.Option(help="Peak memory allowed, with its unit: 24GiB, 800MB.")] = None,
     objective: Objective = "e2e",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the plan goes, for check and export.")] = None,
@@ -113,8 +117,9 @@ def plan(
         check_writable(out)
     cap = None if memory_cap is None else parse_bytes(memory_cap)
     result = planner.plan(
-        profile_path, context_len=isl, output_len=osl, temperature=temperature, top_p=top_p, top_k=top_k, memory_cap_bytes=cap, objective=objective
-    )
+        profile_path, context_len=isl, output_len=osl, temperature=temperature, top_p=top_p, top_k=top_k, batch=max_concurrency,
+        memory_cap_bytes=cap, objective=objective,
+    )  # fmt: skip
     if out is not None:
         save_plan(result, out)
     terminal.print_json(result) if as_json else terminal.show_plan(result, out)
@@ -132,6 +137,7 @@ def estimate(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    max_concurrency: Concurrency = 1,
     objective: Objective = "e2e",
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +146,7 @@ def estimate(
 
     found, baseline = planner.estimate(
         profile_path, drafter=drafter, kv_budget=kv_budget, selection=selection, draft_len=draft_len, context_len=isl, output_len=osl,
-        temperature=temperature, top_p=top_p, top_k=top_k, objective=objective,
+        temperature=temperature, top_p=top_p, top_k=top_k, batch=max_concurrency, objective=objective,
     )  # fmt: skip
     terminal.print_json({"estimate": found, "baseline": baseline}) if as_json else terminal.show_estimate(found, baseline)
 
@@ -149,7 +155,7 @@ def estimate(
 def check(
     plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json, as `planner plan -o` writes it.")],
     dataset: Dataset,
-    texts: Annotated[int, typer.Option(help="Prompts to run, none of which the profile saw.")] = 8,
+    texts: Annotated[int, typer.Option(help="Prompts to run, none of which the profile saw; rounded up to whole groups of the plan's streams.")] = 8,
     epsilon: Annotated[str | None, typer.Option(help="Go on until the choice is within this of the best at 95 %, e.g. 3%.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the report goes.")] = None,
     device: Device = None,
@@ -184,13 +190,14 @@ def sweep(
     temperature: Annotated[float, typer.Option(help="Sampling temperature, 0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling, in (0, 1].")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens, 0 keeps all.")] = 0,
+    max_concurrency: Concurrency = 1,
     drafters: Annotated[str, typer.Option(help="Of ngram and self_sparse; off is always run.")] = "self_sparse,ngram",
     kv_budgets: Annotated[str, typer.Option(help="Budgets of self_sparse in tokens.")] = "64,256,1024",
     selections: Annotated[str, typer.Option(help="window, chunk or both.")] = "window",
     draft_lens: Annotated[str, typer.Option(help="Draft lengths in tokens.")] = "1,2,4,8",
     sink: Annotated[int, typer.Option(help="First tokens that a sparse cache always keeps.")] = 4,
     recent: Annotated[int, typer.Option(help="Least recent tokens that a sparse cache keeps.")] = 32,
-    texts: Annotated[int, typer.Option(help="Prompts to run every configuration on.")] = 8,
+    texts: Annotated[int, typer.Option(help="Prompts to run every configuration on; rounded up to whole groups of --max-concurrency.")] = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted sweep with the same --out stopped.")] = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -207,7 +214,8 @@ def sweep(
 
     check_writable(out)
     configs = grid(_policies(kv_budgets, selections, sink, recent), parse_numbers(draft_lens, int, "--draft-lens"), _words(drafters))
-    workload = Workload(context_len=isl, output_len=osl, sampler=Sampler(temperature=temperature, top_p=top_p, top_k=top_k))
+    sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k)
+    workload = Workload(context_len=isl, output_len=osl, sampler=sampler, batch=max_concurrency)
     with terminal.progress("sweep", quiet=quiet) as progress:
         result = planner.sweep(
             model, _paths(dataset), workload=workload, configs=configs, num_texts=texts, dtype=dtype, device=device, seed=seed, out=out,

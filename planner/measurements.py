@@ -73,15 +73,19 @@ class AcceptanceSample(Spec, kw_only=True):
 
 
 class RoundSample(Spec, kw_only=True):
-    """Whole rounds of one configuration, timed in place: each list has one entry per round, in the order they ran."""
+    """Whole rounds of one configuration, timed in place: each list has one entry per round, in the order they ran.
+
+    A round of a batch is that of all its streams; times are never divided by their number.
+    """
 
     drafter: DrafterSpec
     kv: KVPolicy
     draft_len: Natural
     context_len: Count  # prompt tokens
+    batch: Count = 1  # streams side by side
     role: Literal["cell", "drift"] = "cell"  # drift: the first cell again, at the end
-    position: list[Natural]  # committed tokens when the round began
-    drafted: list[Natural]
+    position: list[Natural]  # committed tokens when the round began, mean over streams
+    drafted: list[Natural]  # by the stream that drafted most: the pass is as wide for all
     draft_s: list[Seconds]  # until the drafts are there
     verify_s: list[Seconds]  # target pass and accept rule, up to the read back to the host
     commit_s: list[Seconds]  # caches and bookkeeping
@@ -105,9 +109,10 @@ class PrefillSample(Spec, kw_only=True):
 
 
 class MemorySample(Spec, kw_only=True):
-    """What a running configuration held at its peak."""
+    """What running configurations held at their peak."""
 
     context_len: Count
+    batch: Count = 1
     known_bytes: Size  # weights and caches, counted tensor by tensor
     peak_bytes: Size  # of the process (CPU) or the allocator (CUDA), over `base_bytes`
     base_bytes: Size  # before the model was loaded

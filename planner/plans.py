@@ -101,17 +101,18 @@ class Plan(Spec, kw_only=True):
 
 
 class Trial(Spec, kw_only=True):
-    """One prompt decoded with one configuration, measured."""
+    """One prompt decoded with one configuration, measured; in a batch, the rounds and bytes are those of the whole batch."""
 
     config: DraftConfig
     text: Name  # which prompt
+    batch: Count = 1  # streams that were decoded side by side, this one included
     output_len: Count
     prefill_s: Seconds
     start_s: Seconds  # selection and the first token
-    decode_s: Seconds  # everything after the first token
-    drafted: list[Natural]  # by round
+    decode_s: Seconds  # everything after the first token, to the end of the round that wrote the last
+    drafted: list[Natural]  # by round, of this stream
     accepted: list[Natural]
-    round_s: list[Seconds]
+    round_s: list[Seconds]  # up to the one in which this stream ended
     cache_bytes: Size
     peak_bytes: Size
 

@@ -185,11 +185,12 @@ class Sampler(Spec, kw_only=True):
 
 
 class Workload(Spec, kw_only=True):
-    """What the planned deployment will be asked for: one stream of requests of one shape."""
+    """What the planned deployment will be asked for: `batch` streams side by side, of requests of one shape."""
 
     context_len: Count  # prompt tokens, --isl
     output_len: Annotated[int, Meta(ge=2, le=2**30)]  # generated tokens, --osl
     sampler: Sampler
+    batch: Count = 1  # streams that run side by side, --max-concurrency
 
 
 def describe_kv(kv: KVPolicy) -> str:
@@ -203,6 +204,12 @@ def describe(config: DraftConfig) -> str:
         return "off"
     kv = f" {describe_kv(config.kv)}" if isinstance(config.kv, SparseKV) else ""
     return f"{config.drafter.kind}{kv} K={config.draft_len}"
+
+
+def describe_workload(workload: Workload) -> str:
+    """A workload in a few words; a batch of one goes without saying."""
+    shape = f"context {workload.context_len}, output {workload.output_len}, {describe_sampler(workload.sampler)}"
+    return shape + f", {workload.batch} streams side by side" * (workload.batch > 1)
 
 
 def describe_sampler(sampler: Sampler) -> str:

@@ -31,7 +31,10 @@ def check(
     seed: int = 1,
     progress: Progress = Silent(),
 ) -> Check:
-    """Run the plan's choice, plain decoding and the runners-up on texts that the profile did not see."""
+    """Run the plan's choice, plain decoding and the runners-up on texts that the profile did not see.
+
+    A plan for a batch is run in groups of as many texts side by side; num_texts is rounded up to whole groups.
+    """
     plan = load_plan(plan_path)
     session = open_session(plan.model, dtype=plan.dtype, device=device)
     return run_check(session, plan, fingerprint(plan_path), dataset, num_texts=num_texts, epsilon=epsilon, seed=seed, progress=progress)
@@ -55,7 +58,8 @@ def run_check(
     began = time.perf_counter()
     environment = read_environment(session.model.device)
     workload, arms = plan.workload, _arms(plan)
-    total = num_texts if epsilon is None else max(num_texts, MAX_EPSILON_TEXTS)
+    num_texts, more = _whole_groups(num_texts, workload.batch), _whole_groups(EPSILON_TEXTS, workload.batch)
+    total = num_texts if epsilon is None else max(num_texts, _whole_groups(MAX_EPSILON_TEXTS, workload.batch))
     files = expand(list(dataset))
     try:
         prompts = draw_prompts(session.tokenizer, files, length=workload.context_len, count=total, seed=seed, seen=plan.seen_texts)
@@ -67,15 +71,15 @@ def run_check(
     progress.stage("check", num_texts * len(arms))
     trials: list[Trial] = []
     racing, done, shown = set(arms), 0, None
-    looks = 1 + max(0, len(prompts) - num_texts) // EPSILON_TEXTS
+    looks = 1 + max(0, len(prompts) - num_texts) // more
     while done < len(prompts):
-        step = num_texts if done == 0 else EPSILON_TEXTS
+        step = num_texts if done == 0 else more
         running = [config for config in arms if config in racing or config == plan.chosen]
         if done:
             progress.stage("telling the tied ones apart", step * len(running))
         for trial in run_trials(
             session.model, prompts[done : done + step], running, workload.sampler, output_len=workload.output_len,
-            stop_tokens=session.tokenizer.stop_tokens, seed=seed + done, warm=done == 0,
+            stop_tokens=session.tokenizer.stop_tokens, seed=seed + done, batch=workload.batch, warm=done == 0,
         ):  # fmt: skip
             trials.append(trial)
             progress.advance()
@@ -102,7 +106,10 @@ def sweep(
     resume: bool = False,
     progress: Progress = Silent(),
 ) -> Sweep:
-    """Run a whole grid, plain decoding included. What is finished stands in a journal beside `out`; resume goes on from it."""
+    """Run a whole grid, plain decoding included. What is finished stands in a journal beside `out`; resume goes on from it.
+
+    For a batch, texts run side by side in groups of as many, and num_texts is rounded up to whole groups.
+    """
     from planner.profiler.device import complaints, describe_device, read_environment
     from planner.profiler.texts import draw_prompts, expand
     from planner.profiler.trial import run_trials
@@ -115,7 +122,8 @@ def sweep(
         raise BadInput(f"context + output must fit the model's {limit} tokens, got {workload.context_len} + {workload.output_len}; shorten one")
     environment = read_environment(session.model.device)
     arms = list(dict.fromkeys([PLAIN, *configs]))
-    prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=num_texts, seed=seed)
+    count = _whole_groups(num_texts, workload.batch)
+    prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=count, seed=seed)
     header = _SweepRun(
         planner=planner.__version__, fingerprint=session.model.fingerprint, device=describe_device(session.model.device).name, dtype=dtype,
         workload=workload, seed=seed, texts=[prompt.key for prompt in prompts],
@@ -135,6 +143,7 @@ def sweep(
         output_len=workload.output_len,
         stop_tokens=session.tokenizer.stop_tokens,
         seed=seed,
+        batch=workload.batch,
         skip=known,
     ):
         now = time.perf_counter()
@@ -177,6 +186,11 @@ class _SweepRun(msgspec.Struct, kw_only=True):
 class _Finished(msgspec.Struct, kw_only=True):
     trial: Trial
     minutes: float
+
+
+def _whole_groups(num_texts: int, batch: int) -> int:
+    """As many texts or a few more, so that no group runs with fewer streams than the batch that was asked about."""
+    return -(-num_texts // batch) * batch
 
 
 def _arms(plan: Plan) -> list[DraftConfig]:

@@ -16,15 +16,19 @@ def plan(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    batch: int = 1,
     memory_cap_bytes: int | None = None,
     objective: Objective = "e2e",
 ) -> Plan:
-    """The configuration to run, with intervals, ties and refusals. What is left out takes the profile's only value."""
+    """The configuration to run, with intervals, ties and refusals. What is left out takes the profile's only value.
+
+    batch  streams that run side by side, all the time: the running batch, not what is offered
+    """
     from planner.search.optimize import make_plan
 
     _check_objective(objective)
     profile = load_profile(profile_path)
-    workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k)
+    workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k, batch)
     return make_plan(profile, fingerprint(profile_path), workload, objective=objective, memory_cap_bytes=memory_cap_bytes)
 
 
@@ -40,6 +44,7 @@ def estimate(
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
+    batch: int = 1,
     objective: Objective = "e2e",
 ) -> tuple[Estimate, Estimate]:
     """One configuration of the caller's choosing, and plain decoding beside it."""
@@ -47,7 +52,7 @@ def estimate(
 
     _check_objective(objective)
     profile = load_profile(profile_path)
-    workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k)
+    workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k, batch)
     models = fit_models(profile)
     config = make_config(drafter, kv_budget, selection, draft_len, like=[kv for kv in models.acceptance.policies(DrafterSpec(kind="self_sparse"))])
     baseline = predict(models, PLAIN, workload)
@@ -91,8 +96,14 @@ def sparse(budget: int, selection: str, *, sink: int, recent: int) -> SparseKV:
 
 
 def find_workload(
-    profile: Profile, context_len: int | None, output_len: int | None, temperature: float | None, top_p: float | None, top_k: int | None
-) -> Workload:  # fmt: skip
+    profile: Profile,
+    context_len: int | None,
+    output_len: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    batch: int = 1,
+) -> Workload:
     """What was asked for, filled up with the profile's only values; BadInput lists them where there are several."""
     if context_len is None:
         context_len = _only(profile.contexts, "--isl", [str(c) for c in profile.contexts])
@@ -104,7 +115,7 @@ def find_workload(
         sampler = _only(matching, "--temperature, --top-p, --top-k", [describe_sampler(s) for s in matching])
     else:
         sampler = checked(Sampler(**{name: value for name, value in given.items() if value is not None}))
-    return checked(Workload(context_len=context_len, output_len=output_len, sampler=sampler))
+    return checked(Workload(context_len=context_len, output_len=output_len, sampler=sampler, batch=batch))
 
 
 def _check_objective(objective: str) -> None:

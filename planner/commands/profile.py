@@ -23,6 +23,7 @@ from planner.measurements import (
     Text,
 )
 from planner.specs import PLAIN, DeviceSpec, DraftConfig, DrafterSpec, Sampler, SparseKV, checked, describe_sampler
+from planner.units import format_bytes
 
 MIN_TEXTS = 4  # kept whatever --max-minutes says: below, an interval means nothing
 GROUP_SHARE = 0.25  # of the memory that the weights leave, for the caches of the texts that are written side by side
@@ -40,6 +41,7 @@ class Settings(NamedTuple):
     output_len: int = 128
     seed: int = 0
     max_minutes: float | None = None
+    batches: list[int] = [1]  # streams side by side, to time rounds at; texts are written and replayed once for all
 
 
 def profile(
@@ -82,6 +84,7 @@ def measure(
     settings = _checked(settings, session)
     environment = read_environment(session.model.device)
     device = describe_device(session.model.device)
+    _check_room(session, device, settings)
     group = _group_size(session, device, settings)
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
     header = _Run(
@@ -132,7 +135,7 @@ def measure(
         acceptance=samples,
         rounds=rounds,
         prefill=prefill,
-        memory=[entry.memory for entry in timing.passes[:1]],
+        memory=[sample for entry in timing.passes[:1] for sample in entry.memory],
         failures=timing.failures,
         minutes={
             "rounds": sum(entry.minutes for entry in done if isinstance(entry, _PassDone)),
@@ -150,13 +153,14 @@ def drafts(settings: Settings) -> list[DraftConfig]:
     return [*sparse, DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=K)]
 
 
-def latency_cells(settings: Settings) -> list[DraftConfig]:
+def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
     """Where rounds are timed: plain; the smallest budget at several widths, the largest at fewer; n-gram at the widest.
 
-    Policies of one budget run the same kernels on caches of the same size, so one selection stands for all.
+    Policies of one budget run the same kernels on caches of the same size, so one selection stands for all. A batch
+    above 1 does without K = 2: its cells take longer, and there may be many batches.
     """
     K = settings.max_draft_len
-    widths = sorted({1, 2, (K + 1) // 2, K})
+    widths = sorted({1, (K + 1) // 2, K} | ({2} if batch == 1 else set()))
     by_budget = sorted(settings.policies, key=lambda kv: kv.budget)
     cells = [PLAIN, DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=K)]
     if by_budget:
@@ -184,7 +188,7 @@ class _PassDone(msgspec.Struct, kw_only=True, tag="pass"):
     """A few rounds of every latency cell."""
 
     rounds: list[RoundSample]
-    memory: MemorySample
+    memory: list[MemorySample]  # by batch; none where nothing fitted
     failures: list[Failure]
     minutes: float
 
@@ -215,13 +219,28 @@ def _checked(settings: Settings, session: Session) -> Settings:
         raise BadInput(f"a text needs at least 16 tokens, got {settings.output_len}; raise --output-len")
     if not 1 <= settings.max_draft_len <= 64:
         raise BadInput(f"max_draft_len must lie in 1..64, got {settings.max_draft_len}")
+    if not settings.batches or min(settings.batches) < 1:
+        raise BadInput(f"a batch counts streams and must be at least 1, got {settings.batches}; give --batches 1,4,8")
     if settings.max_minutes is not None and not settings.max_minutes > 0:
         raise BadInput(f"--max-minutes must be positive, got {settings.max_minutes:g}")
     return settings._replace(
         contexts=sorted(set(settings.contexts)),
+        batches=sorted(set(settings.batches)),
         samplers=[checked(sampler) for sampler in settings.samplers],
         policies=[checked(policy) for policy in settings.policies],
     )
+
+
+def _check_room(session: Session, device: DeviceSpec, settings: Settings) -> None:
+    """Refuse, before anything runs, a batch that cannot fit: on a CPU the system ends the process that takes too much."""
+    context_len, batch = max(settings.contexts), max(settings.batches)
+    stream_bytes = context_len * session.model.spec.kv_bytes_per_token(str(session.model.dtype).removeprefix("torch."))
+    room = device.memory_bytes - session.model.nbytes
+    if batch * stream_bytes > room:
+        raise BadInput(
+            f"a batch of {batch} at context {context_len} needs {format_bytes(batch * stream_bytes)} of KV cache, beside the weights there are "
+            f"{format_bytes(room)}; the largest batch that fits is {room // stream_bytes}: lower --batches or --contexts"
+        )
 
 
 def _group_size(session: Session, device: DeviceSpec, settings: Settings) -> int:
@@ -255,7 +274,6 @@ class _Timing:
         from planner.profiler.latency import PASSES
 
         self._session, self._grounds, self._settings = session, grounds, settings
-        self._cells = latency_cells(settings)
         self._wanted = PASSES
         self._sampler = max(settings.samplers, key=lambda sampler: sampler.temperature)  # hot drafts are rejected often, as rounds usually are
         self.passes = passes
@@ -284,26 +302,44 @@ class _Timing:
 
         began = time.perf_counter()
         session = self._session
-        progress.stage(f"rounds, pass {len(self.passes) + 1} of {self._wanted}", 1)
+        progress.stage(f"rounds, pass {len(self.passes) + 1} of {self._wanted}", len(self._settings.batches))
         memory = PeakMemory(session.model.device)
-        memory.reset()
         skip = {failure.cell for failure in self.failures}
         seed = self._settings.seed + len(self.passes)
-        rounds, failures = measure_pass(session.model, self._grounds, self._cells, self._sampler, seed=seed, skip=skip)
-        known = session.model.nbytes + sum(ground.cache.nbytes for ground in self._grounds.values())
-        peak = max(0, memory.read() - session.base_bytes)
-        sample = MemorySample(context_len=max(self._grounds), known_bytes=known, peak_bytes=peak, base_bytes=session.base_bytes)
-        done = _PassDone(rounds=rounds, memory=sample, failures=failures, minutes=(time.perf_counter() - began) / 60)
+        rounds, samples, failures = [], [], []
+        for batch in self._settings.batches:
+            memory.reset()
+            timed, failed = measure_pass(
+                session.model, self._grounds, latency_cells(self._settings, batch), self._sampler, seed=seed, batch=batch, skip=skip
+            )
+            peak = max(0, memory.read() - session.base_bytes)
+            if timed:
+                samples.append(
+                    MemorySample(
+                        context_len=max(self._grounds), batch=batch, known_bytes=self._known_bytes(timed), peak_bytes=peak,
+                        base_bytes=session.base_bytes,
+                    )
+                )  # fmt: skip
+            rounds += timed
+            failures += failed
+            progress.advance()
+        done = _PassDone(rounds=rounds, memory=samples, failures=failures, minutes=(time.perf_counter() - began) / 60)
         self.passes.append(done)
-        progress.advance()
         return done
+
+    def _known_bytes(self, timed: list[RoundSample]) -> int:
+        """Weights, the prompts of all contexts, and the largest of the copies that a batch was timed on, one context at a time."""
+        grounds = {context_len: ground.cache.nbytes for context_len, ground in self._grounds.items()}
+        copies = max(sample.batch * grounds[sample.context_len] * (sample.batch > 1) for sample in timed)
+        return self._session.model.nbytes + sum(grounds.values()) + copies
 
     def again(self) -> list[RoundSample]:
         """The first cell once more: has the machine changed since the first pass?"""
         from planner.profiler.latency import measure_pass
 
         first = {self._settings.contexts[0]: self._grounds[self._settings.contexts[0]]}
-        return measure_pass(self._session.model, first, [PLAIN], self._sampler, seed=self._settings.seed, role="drift")[0]
+        batch = self._settings.batches[0]
+        return measure_pass(self._session.model, first, [PLAIN], self._sampler, seed=self._settings.seed, batch=batch, role="drift")[0]
 
 
 def _measure_acceptance(

@@ -26,29 +26,35 @@ def logits_bytes(model: ModelSpec, draft_len: int, batch: int = 1) -> int:
 
 
 def counted_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> int:
-    """Weights, caches and logits of one stream, tensor by tensor."""
+    """Weights once, caches and logits of every stream of the batch, tensor by tensor."""
     model, dtype = profile.target, profile.dtype
     capacity = workload.context_len + workload.output_len + config.draft_len
-    total = profile.weights_bytes + full_cache_bytes(model, dtype, capacity=capacity) + logits_bytes(model, config.draft_len)
+    batch = workload.batch
+    total = profile.weights_bytes + full_cache_bytes(model, dtype, capacity=capacity, batch=batch) + logits_bytes(model, config.draft_len, batch)
     if isinstance(config.kv, SparseKV):
-        total += sparse_cache_bytes(model, dtype, budget=config.kv.budget, draft_len=config.draft_len)
+        total += sparse_cache_bytes(model, dtype, budget=config.kv.budget, draft_len=config.draft_len, batch=batch)
     return total
 
 
 def resident_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> Interval:
     """Peak memory: what is counted, and the activations, buffers and libraries that the profile saw on top of it.
 
-    The interval spans the smallest and the largest surplus seen; without a memory sample the surplus is taken as 0.
+    The interval spans the smallest and the largest surplus seen at the workload's batch, or at the next larger one, since
+    activations grow with it; without a memory sample the surplus is taken as 0.
     """
     counted = counted_bytes(profile, config, workload)
-    surplus = [max(0, sample.base_bytes + sample.peak_bytes - sample.known_bytes) for sample in profile.memory] or [0]
+    batches = sorted({sample.batch for sample in profile.memory})
+    nearest = next((batch for batch in batches if batch >= workload.batch), batches[-1] if batches else 1)
+    seen = [sample for sample in profile.memory if sample.batch == nearest]
+    surplus = [max(0, sample.base_bytes + sample.peak_bytes - sample.known_bytes) for sample in seen] or [0]
     return Interval(value=counted + float(np.median(surplus)), low=counted + min(surplus), high=counted + max(surplus))
 
 
 def largest_budget(profile: Profile, config: DraftConfig, workload: Workload, cap_bytes: int) -> int | None:
     """The largest kv budget with which a sparse configuration fits under a cap; None if no budget does."""
     assert isinstance(config.kv, SparseKV)
-    without = resident_bytes(profile, config, workload).value - config.kv.budget * profile.target.kv_bytes_per_token(profile.dtype)
-    budget = int((cap_bytes - without) // profile.target.kv_bytes_per_token(profile.dtype))
+    per_token = workload.batch * profile.target.kv_bytes_per_token(profile.dtype)
+    without = resident_bytes(profile, config, workload).value - config.kv.budget * per_token
+    budget = int((cap_bytes - without) // per_token)
     least = config.kv.recent + (CHUNK_SIZE if config.kv.selection == "chunk" else config.kv.sink)
     return budget if budget >= least else None

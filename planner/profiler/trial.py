@@ -1,6 +1,10 @@
-"""Run configurations for real, side by side on the same prompts: what check and sweep are made of."""
+"""Run configurations for real, side by side on the same prompts: what check and sweep are made of.
+
+B  streams side by side
+"""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -10,6 +14,7 @@ from planner.profiler.texts import Prompt
 from planner.profiler.timer import PhaseTimer, synchronize
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
+from planner.runtime.kv_cache import KVCache
 from planner.runtime.model import Transformer, prefill
 from planner.specs import DraftConfig, Sampler
 
@@ -25,61 +30,99 @@ def run_trials(
     output_len: int,
     stop_tokens: tuple[int, ...],
     seed: int,
+    batch: int = 1,
     skip: set[tuple[str, DraftConfig]] = frozenset(),  # (prompt key, arm) that are known already
     warm: bool = True,
 ) -> Iterator[Trial]:
-    """Decode every prompt with every arm, all arms of a prompt in a row, each prompt beginning with another arm."""
+    """Decode every prompt with every arm, `batch` prompts side by side, one trial for each prompt and arm.
+
+    All arms of a group of prompts run in a row, each group beginning with another arm. A group of which only some
+    trials are known runs again; what is known is not yielded twice.
+    """
+    if len(prompts) % batch:
+        raise ValueError(f"prompts are run in groups of {batch}, got {len(prompts)}; give a multiple")
     longest = max(config.draft_len for config in arms)
-    for number, prompt in enumerate(prompts):
-        todo = [config for config in arms if (prompt.key, config) not in skip]
+    for number, first in enumerate(range(0, len(prompts), batch)):
+        group = prompts[first : first + batch]
+        todo = [config for config in arms if any((prompt.key, config) not in skip for prompt in group)]
         if not todo:
             continue
-        capacity = cache_capacity(len(prompt.tokens), output_len, longest)
-        cache = model.new_cache(capacity)
-        before = synchronize(model.device)
-        logits = prefill(model, torch.tensor([prompt.tokens], device=model.device), cache)
-        prefill_s = synchronize(model.device) - before
+        ground = _prefilled(model, group, cache_capacity(max(len(prompt.tokens) for prompt in group), output_len, longest))
         if warm:
             for config in arms:
-                _decode(model, cache, prompt, logits, config, sampler, min(WARMUP_TOKENS, output_len), (), seed)
+                _decode(model, ground, config, sampler, min(WARMUP_TOKENS, output_len), (), seed)
             warm = False
         shift = number % len(todo)
         for config in todo[shift:] + todo[:shift]:
-            yield _decode(model, cache, prompt, logits, config, sampler, output_len, stop_tokens, seed + number, prefill_s)
+            trials = _decode(model, ground, config, sampler, output_len, stop_tokens, seed + first)
+            yield from (trial for trial in trials if (trial.text, config) not in skip)
+
+
+class _Ground(NamedTuple):
+    """A group of prompts ready to be decoded from again and again."""
+
+    prompts: list[Prompt]
+    cache: KVCache
+    first_logits: torch.Tensor  # [B, V]
+    prefill_s: list[float]  # of each prompt
+
+
+def _prefilled(model: Transformer, prompts: list[Prompt], capacity: int) -> _Ground:
+    """The prompts one after the other in the streams of one cache: each prefill is timed by itself, as a server meets it."""
+    cache = model.new_cache(capacity, batch=len(prompts))
+    logits, prefill_s = [], []
+    for b, prompt in enumerate(prompts):
+        before = synchronize(model.device)
+        logits.append(prefill(model, torch.tensor([prompt.tokens], device=model.device), cache.stream(b)))
+        prefill_s.append(synchronize(model.device) - before)
+    return _Ground(prompts, cache, torch.cat(logits), prefill_s)
 
 
 def _decode(
-    model: Transformer, cache, prompt: Prompt, logits, config: DraftConfig, sampler: Sampler, output_len: int, stop_tokens, seed: int, prefill_s: float = 0.0
-) -> Trial:  # fmt: skip
-    cache.truncate(len(prompt.tokens))
+    model: Transformer, ground: _Ground, config: DraftConfig, sampler: Sampler, output_len: int, stop_tokens: tuple[int, ...], seed: int
+) -> list[Trial]:  # fmt: skip
+    """One decode of all prompts of a group: a trial for each.
+
+    Streams end at different times, and one that has ended goes on as padding: a round costs what the whole batch
+    costs, as long as any stream runs. So a stream is charged for every round until its own end, and for none after.
+    """
+    B, cache = len(ground.prompts), ground.cache
+    cache.lengths = [len(prompt.tokens) for prompt in ground.prompts]
     memory = PeakMemory(model.device)
     memory.reset()
-    drafter = make_drafter(config, model)
+    drafter = make_drafter(config, model, batch=B)
     timer = PhaseTimer(model.device)
     begin = synchronize(model.device)
     rounds = decode(
-        model, cache, [prompt.tokens], logits, drafter, draft_len=config.draft_len, sampler=sampler, max_new_tokens=output_len,
-        generators=[torch.Generator(device=model.device).manual_seed(seed)], stop_tokens=stop_tokens, mark=timer.mark,
+        model, cache, [prompt.tokens for prompt in ground.prompts], ground.first_logits, drafter, draft_len=config.draft_len, sampler=sampler,
+        max_new_tokens=output_len, generators=[torch.Generator(device=model.device).manual_seed(seed + b) for b in range(B)],
+        stop_tokens=stop_tokens, mark=timer.mark,
     )  # fmt: skip
-    output = list(next(rounds).tokens[0])
+    next(rounds)  # the first token
     first = synchronize(model.device)
-    drafted, accepted = [], []
-    for round_ in rounds:
-        output += round_.tokens[0]
-        drafted.append(round_.drafted[0])
-        accepted.append(round_.accepted[0])
-    end = synchronize(model.device)
+    done = list(rounds)
+    decode_s = synchronize(model.device) - first
     phases = timer.seconds()
-    return Trial(
-        config=config,
-        text=prompt.key,
-        output_len=len(output),
-        prefill_s=prefill_s,
-        start_s=first - begin,
-        decode_s=end - first,
-        drafted=drafted,
-        accepted=accepted,
-        round_s=[sum(parts) for parts in zip(*(phases.get(phase, []) for phase in ("draft", "verify", "commit")))],
-        cache_bytes=cache.nbytes + drafter.nbytes,
-        peak_bytes=memory.read(),
-    )
+    round_s = [sum(parts) for parts in zip(*(phases.get(phase, []) for phase in ("draft", "verify", "commit")))]
+    peak_bytes = memory.read()
+    trials = []
+    for b, prompt in enumerate(ground.prompts):
+        own = [round_ for round_ in done if round_.tokens[b]]  # a running stream emits in every round
+        trials.append(
+            Trial(
+                config=config,
+                text=prompt.key,
+                batch=B,
+                output_len=1 + sum(len(round_.tokens[b]) for round_ in own),
+                prefill_s=ground.prefill_s[b],
+                start_s=(first - begin) / B,  # drafters look at one prompt after the other
+                # what lies between rounds is shared out over them; a stream that runs to the end has all of it
+                decode_s=decode_s * sum(round_s[: len(own)]) / sum(round_s) if own else 0.0,
+                drafted=[round_.drafted[b] for round_ in own],
+                accepted=[round_.accepted[b] for round_ in own],
+                round_s=round_s[: len(own)],
+                cache_bytes=cache.nbytes + drafter.nbytes,
+                peak_bytes=peak_bytes,
+            )
+        )
+    return trials

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from planner.measurements import MIN_DISTINCT_4GRAMS, Profile, RoundSample
 from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Objective, Plan, Sweep, SweepCell
-from planner.specs import KVPolicy, SparseKV, describe, describe_kv, describe_sampler
+from planner.specs import KVPolicy, SparseKV, describe, describe_kv, describe_sampler, describe_workload
 from planner.units import format_bytes
 
 MAX_ROWS = 6  # reasons of refusal, or failures, before "and N more"
@@ -75,11 +75,11 @@ def clean(text: object) -> str:
 def show_plan(plan: Plan, path: str | Path | None) -> None:
     """The choice, what it is compared with, why, and last the line to paste."""
     console = _console()
-    workload = plan.workload
     cap = "no memory cap" if plan.memory_cap_bytes is None else f"memory cap {format_bytes(plan.memory_cap_bytes)}"
-    shape = f"context {workload.context_len}, output {workload.output_len}, {describe_sampler(workload.sampler)}"
     objective = f"objective {OBJECTIVE_NAMES[plan.objective]}"
-    _title(console, f"Plan for {clean(plan.model)} ({clean(plan.dtype)}) on {clean(plan.device)}: {shape}; {objective}; {cap}")
+    _title(
+        console, f"Plan for {clean(plan.model)} ({clean(plan.dtype)}) on {clean(plan.device)}: {describe_workload(plan.workload)}; {objective}; {cap}"
+    )
     ties = [tie.config for tie in plan.ties]
     estimates = [plan.baseline]
     for estimate in [plan.estimate, *plan.runners_up]:
@@ -156,7 +156,9 @@ def show_check(check: Check, path: str | Path | None) -> None:
     """Predicted beside measured, and the verdict; the check's own warnings go to stderr."""
     console = _console()
     show_warnings(check.warnings)
-    _title(console, f"Check on {check.num_texts} texts; objective {OBJECTIVE_NAMES[check.objective]}")
+    batch = max(trial.batch for cell in check.cells for trial in cell.trials)
+    groups_of = f", {batch} side by side" * (batch > 1)
+    _title(console, f"Check on {check.num_texts} texts{groups_of}; objective {OBJECTIVE_NAMES[check.objective]}")
     cells = sorted(check.cells, key=lambda cell: (cell.role != "baseline", cell.role != "chosen"))  # stable: runners-up stay in order
     config = [Column("configuration", lambda cell: describe(cell.config), right=False)]
     groups = [
@@ -205,9 +207,7 @@ def show_sweep(sweep: Sweep, path: str | Path | None) -> None:
     """The grid, fastest first behind plain decoding; the sweep's own warnings go to stderr."""
     console = _console()
     show_warnings(sweep.warnings)
-    workload = sweep.workload
-    shape = f"context {workload.context_len}, output {workload.output_len}, {describe_sampler(workload.sampler)}"
-    _title(console, f"Sweep of {clean(sweep.model)}: {shape}; all measured")
+    _title(console, f"Sweep of {clean(sweep.model)}: {describe_workload(sweep.workload)}; all measured")
     cells = sorted(sweep.cells, key=lambda cell: (cell.config.draft_len > 0, cell.measured_tpot_s.value))
 
     def role(cell: SweepCell) -> str:
@@ -420,7 +420,9 @@ def _latency_table(profile: Profile) -> tuple[list[Column], list[list[Column]], 
         Column("", lambda row: "repeated" if row.role == "drift" else "", right=False),
     ]
     keys = [Column("context", lambda row: str(row.context_len)), Column("configuration", _round_name, right=False)]
-    return keys, [columns], sorted(profile.rounds, key=lambda row: (row.role == "drift", _round_name(row) != "off"))
+    if any(row.batch > 1 for row in profile.rounds):
+        keys.insert(1, Column("batch", lambda row: str(row.batch)))
+    return keys, [columns], sorted(profile.rounds, key=lambda row: (row.role == "drift", row.batch, _round_name(row) != "off"))
 
 
 def _context_columns() -> list[Column]:

@@ -51,15 +51,16 @@ def predict(models: Models, config: DraftConfig, workload: Workload) -> Predicti
             f"context + output must fit the model's {profile.target.max_context_len} tokens, got {workload.context_len} + {workload.output_len}; shorten one"
         )
     position = workload.context_len + workload.output_len / 2  # round time is linear in it, so the middle is the mean
-    round_s = latency.round_s(config, workload.context_len, position)  # [1 + J, K + 1]
+    round_s = latency.round_s(config, workload.context_len, position, workload.batch)  # [1 + J, K + 1]
     if config.draft_len == 0:
         _, notes = context_weights(profile.contexts, workload.context_len)
         per_text, means, rounds_per_token, text_variance, sd_rounds, num_texts = [], round_s[:, 0], 1.0, 0.0, 0.0, 0
         rounds_se = 0.0
     else:
         strata, notes = models.acceptance.strata(config, workload)
-        per_text = [(s.weight, s.rounds.texts, s.rounds.by_drafted @ round_s[0]) for s in strata]
-        means = sum(s.weight * (s.rounds.by_drafted.mean(0) @ round_s.T) for s in strata)
+        by_width = [_by_width(s.rounds.by_drafted, workload.batch) for s in strata]
+        per_text = [(s.weight, s.rounds.texts, widths @ round_s[0]) for s, widths in zip(strata, by_width, strict=True)]
+        means = sum(s.weight * (widths.mean(0) @ round_s.T) for s, widths in zip(strata, by_width, strict=True))
         rounds = [(s.weight, s.rounds.by_drafted.sum(1), s.rounds.chance) for s in strata]
         rounds_per_token = float(sum(w * r.mean() for w, r, _ in rounds))
         text_variance = sum(w**2 * _variance_of_mean(tpot) for w, _, tpot in per_text)
@@ -67,7 +68,8 @@ def predict(models: Models, config: DraftConfig, workload: Workload) -> Predicti
         sd_rounds = math.sqrt(sum(w * (np.var(r, ddof=1) if len(r) > 1 else 0.0) + w * chance.mean() for w, r, chance in rounds))
         num_texts = min(len(r) for _, r, _ in rounds)
 
-    tpot, error = float(means[0]), latency.plain_error if config.draft_len == 0 else latency.error
+    tpot = float(means[0])
+    error = latency.plain_error(workload.batch) if config.draft_len == 0 else latency.error(workload.batch)
     latency_variance = _jackknife(means[1:]) + (tpot * error) ** 2 + (tpot * latency.unsteadiness) ** 2
     half = _quantile(num_texts)
     tpot_s = _interval(tpot, half * math.sqrt(text_variance + latency_variance))
@@ -87,7 +89,7 @@ def predict(models: Models, config: DraftConfig, workload: Workload) -> Predicti
         speedup=one,
         sd_rounds_per_token=sd_rounds,
         num_texts=num_texts,
-        notes=notes,
+        notes=notes + latency.notes(workload.batch),
     )
     return Prediction(estimate, per_text, means[1:], error)
 
@@ -133,6 +135,17 @@ def refusal(models: Models, prediction: Prediction, workload: Workload, cap_byte
         largest = largest_budget(models.profile, config, workload, cap_bytes)
         reason += f"; the largest kv_budget that fits is {largest}" if largest else "; no kv_budget fits"
     return reason
+
+
+def _by_width(by_drafted: np.ndarray, batch: int) -> np.ndarray:
+    """[texts, K+1] rounds per token of each text, by what the widest of its batch drafts: the pass is as wide for all.
+
+    The neighbours are at any place of any text, so their drafts are draws from the mean over texts. A batch of one has none.
+    """
+    rounds = by_drafted.sum(1, keepdims=True)
+    own = np.cumsum(by_drafted / rounds, axis=1)  # P(this stream drafts at most k)
+    neighbours = np.cumsum(by_drafted.sum(0) / by_drafted.sum()) ** (batch - 1)
+    return rounds * np.diff(own * neighbours, axis=1, prepend=0.0)
 
 
 def _difference_variance(a: Prediction, b: Prediction) -> tuple[float, float]:

@@ -67,8 +67,8 @@ def test_a_fit_recovers_the_law_that_made_the_rounds_where_nothing_was_measured(
 @pytest.mark.parametrize("law", LAWS)
 def test_the_error_of_a_law_that_a_form_has_is_small(law):
     model = fitted(law)
-    assert model.form == law
-    assert model.error < (0.01 if law != "steps" else 0.5)  # a step between the timed widths is anybody's guess, and the error says so
+    assert model.form() == law
+    assert model.error() < (0.01 if law != "steps" else 0.5)  # a step between the timed widths is anybody's guess, and the error says so
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -148,12 +148,12 @@ def test_what_was_not_timed_is_refused():
 
 def test_errors_of_left_out_cells_and_the_jackknife_grow_with_noise():
     fits = [fit_latency(made_profile(round_s=bilinear, noise=noise, rounds_per_cell=12, **SMALL)) for noise in (0.0, 0.02, 0.2)]
-    errors = [fit.error for fit in fits]
+    errors = [fit.error() for fit in fits]
     assert errors[0] < 1e-3 and errors[0] < errors[1] < errors[2]
     assert 0.02 / math.sqrt(12) / 2 < errors[1] < 0.03
     spread = [np.std(fit.round_s(sparse(64, 4), 1024, 1024)[1:, -1]) for fit in fits]
     assert spread[0] < spread[1] < spread[2]
-    assert fits[0].plain_error < fits[1].plain_error < fits[2].plain_error
+    assert fits[0].plain_error() < fits[1].plain_error() < fits[2].plain_error()
 
 
 def test_a_law_that_no_form_has_shows_in_the_error():
@@ -164,7 +164,7 @@ def test_a_law_that_no_form_has_shows_in_the_error():
 
     model = fit_latency(made_profile(round_s=cubic, **(WIDE | {"draft_lens": (1, 4, 7)})))
     missed = max(abs(predicted(model, sparse(64, k), 1024) / sum(cubic(None, k, 1024)) - 1) for k in (2, 3, 5, 6))
-    assert missed < 2 * model.error
+    assert missed < 2 * model.error()
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.25])
