@@ -1,6 +1,6 @@
 """A small but complete Profile whose acceptance and latency are chosen, so that what is computed from it is known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from tiny import tiny_spec
@@ -28,6 +28,7 @@ def made_profile(
     *,
     accept: Callable[[KVPolicy, int, int], float | np.ndarray] = lambda kv, context_len, number: 4 * FIFTH,  # -> scalar or [starts, max_draft_len]
     round_s: Callable[[KVPolicy, int, int], tuple[float, float, float]] = linear_round_s,  # (kv, draft_len, context_len) -> draft, verify, commit
+    batches: Mapping[int, Callable] | None = None,  # batch -> its round_s; default: a batch of one with `round_s`
     drafters: Sequence[tuple[DrafterSpec, KVPolicy]] = tuple(budgets(64, 256)),
     contexts: Sequence[int] = (1024, 4096),
     samplers: Sequence[Sampler] = (GREEDY,),
@@ -43,15 +44,16 @@ def made_profile(
 ) -> Profile:
     """The texts of a context and sampler are numbered 0, 1, .. for `accept`; every text is replayed with every drafter."""
     rng = np.random.default_rng(noise_seed)
+    laws = batches or {1: round_s}
     starts = output_len - 1
 
     def times(seconds: float) -> list[float]:
         return [max(0.0, seconds * (1 + noise * rng.standard_normal())) for _ in range(rounds_per_cell)]
 
-    def timed(drafter: DrafterSpec, kv: KVPolicy, draft_len: int, context_len: int, role: str = "cell") -> RoundSample:
-        draft_s, verify_s, commit_s = round_s(kv, draft_len, context_len)
+    def timed(drafter: DrafterSpec, kv: KVPolicy, draft_len: int, context_len: int, batch: int, role: str = "cell") -> RoundSample:
+        draft_s, verify_s, commit_s = laws[batch](kv, draft_len, context_len)
         return RoundSample(
-            drafter=drafter, kv=kv, draft_len=draft_len, context_len=context_len, role=role,
+            drafter=drafter, kv=kv, draft_len=draft_len, context_len=context_len, batch=batch, role=role,
             position=[context_len + i * (draft_len + 1) for i in range(rounds_per_cell)], drafted=[draft_len] * rounds_per_cell,
             draft_s=times(draft_s), verify_s=times(verify_s), commit_s=times(commit_s), warmup_s=[2 * (draft_s + verify_s + commit_s)],
             start_s=times(1e-3)[:3],
@@ -75,9 +77,11 @@ def made_profile(
                         output_len=output_len, distinct_4grams=distinct_4grams,
                     )
                 )  # fmt: skip
-    rounds = [timed(NO_DRAFTER, FullKV(), 0, context_len) for context_len in contexts]
-    rounds += [timed(drafter, kv, k, context_len) for context_len in contexts for drafter, kv in drafters for k in draft_lens]
-    rounds.append(timed(NO_DRAFTER, FullKV(), 0, contexts[0], role="drift"))
+    rounds = []
+    for batch in laws:
+        rounds += [timed(NO_DRAFTER, FullKV(), 0, context_len, batch) for context_len in contexts]
+        rounds += [timed(drafter, kv, k, context_len, batch) for context_len in contexts for drafter, kv in drafters for k in draft_lens]
+    rounds.append(timed(NO_DRAFTER, FullKV(), 0, contexts[0], min(laws), role="drift"))
     spec = tiny_spec()
     fields = dict(  # noqa: C408 - keywords read better
         model="tiny", target=spec, target_fingerprint="0" * 16, weights_bytes=spec.num_parameters * 4, dtype="float32", execution_mode="eager",

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from made import FIFTH, NGRAM, budgets, made_profile
+from made import FIFTH, NGRAM, budgets, linear_round_s, made_profile
 
 from planner.cli import main
 from planner.measurements import encode, save_profile
@@ -23,6 +23,7 @@ def files(tmp_path_factory):
         "good": made_profile(drafters=two, contexts=(1024, 1100)),
         "off": made_profile(accept=lambda kv, context_len, number: 0.0),
         "many": made_profile(contexts=(1024, 2048), samplers=[Sampler(), Sampler(temperature=1.0)]),
+        "batched": made_profile(batches={1: linear_round_s, 4: linear_round_s}),
         "warm": made_profile(samplers=[Sampler(temperature=1.0, top_p=1 - FIFTH)]),
     }
     paths = {name: folder / f"{name}.json" for name in made}
@@ -105,6 +106,22 @@ def test_an_estimate_in_json_is_one_document(run):
     assert found["estimate"]["speedup"]["value"] == pytest.approx(found["baseline"]["e2e_s"]["value"] / found["estimate"]["e2e_s"]["value"])
 
 
+def test_a_plan_for_a_loaded_server_says_so(run):
+    code, out, err = run("plan {batched} --isl 1024 --max-concurrency 3 --json")
+    plan = json.loads(out)
+    assert (code, err, plan["workload"]["batch"]) == (0, "", 3)
+    assert any("batch 3 is interpolated between 1 and 4" in note for note in plan["estimate"]["notes"])
+    out = " ".join(run("plan {batched} --isl 1024 --max-concurrency 4")[1].split())
+    assert "greedy, 4 streams side by side;" in out and "interpolated" not in out
+    assert "side by side" not in run("plan {batched} --isl 1024")[1]
+    found = json.loads(run("estimate {batched} --drafter self_sparse --kv-budget 64 --draft-len 2 --isl 1024 --max-concurrency 4 --json")[1])
+    alone = json.loads(run("estimate {batched} --drafter self_sparse --kv-budget 64 --draft-len 2 --isl 1024 --json")[1])
+    # The same law at both batches; but the last, short rounds of a stream are as wide as its neighbours' are.
+    assert 1 <= found["estimate"]["tpot_s"]["value"] / alone["estimate"]["tpot_s"]["value"] < 1.05
+    assert found["baseline"]["tpot_s"]["value"] == pytest.approx(alone["baseline"]["tpot_s"]["value"])
+    assert found["estimate"]["memory_bytes"]["value"] > alone["estimate"]["memory_bytes"]["value"]
+
+
 def test_an_estimate_agrees_with_the_plan(run):
     plan = json.loads(run("plan {good} --isl 1024 --json")[1])
     found = json.loads(run(f"estimate {{good}} --drafter ngram --draft-len {plan['chosen']['draft_len']} --isl 1024 --json")[1])
@@ -163,6 +180,10 @@ BAD = {
     "plan {good} --isl 1024 --memory-cap -1GiB": "unit",
     "plan {good} --isl 1024 --memory-cap 1e400GiB": "positive",
     "plan {good} --isl 1024 --objective speed": "objective",
+    "plan {good} --isl 1024 --max-concurrency 4": "batch 1, got 4; profile with `planner profile --batches 1,4`",
+    "plan {batched} --isl 1024 --max-concurrency 5": "batch 1, 4, got 5; profile with `planner profile --batches 1,4,5`",
+    "plan {good} --isl 1024 --max-concurrency 0": "batch|>= 1",
+    "estimate {good} --isl 1024 --drafter none --max-concurrency 2": "batch 1, got 2; profile with",
     "plan {good} --isl 1024 -o /nowhere/at/all/plan.json": "folder",
     "estimate {good} --isl 1024 --drafter self_sparse --draft-len 2": "--kv-budget",
     "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 20 --draft-len 2": "sink \\+ recent \\(36 tokens\\), got 20",

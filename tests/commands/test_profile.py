@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 import planner
-from planner.commands.profile import Settings
+from planner.commands.profile import Settings, latency_cells, measure
 from planner.commands.session import open_session
+from planner.cost.memory import full_cache_bytes
 from planner.errors import BadInput, PlannerError
 from planner.files import journal_path
 from planner.measurements import load_profile, save_profile
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.model
 MODEL = "smollm2"
 POLICIES = [SparseKV(budget=40, sink=4, recent=8), SparseKV(budget=64, sink=4, recent=8, selection="chunk")]
 SETTINGS = Settings(
-    contexts=[96], samplers=[Sampler(temperature=0.0), Sampler(temperature=1.0)], policies=POLICIES, max_draft_len=2, num_texts=4, output_len=24
+    contexts=[96], samplers=[Sampler(temperature=0.0), Sampler(temperature=1.0)], policies=POLICIES, max_draft_len=2, num_texts=4, output_len=24,
+    batches=[3, 1],
 )  # fmt: skip
 SELF_SPARSE = DrafterSpec(kind="self_sparse")
 
@@ -103,7 +105,38 @@ def test_a_profile_is_complete_and_survives_the_disk(measured):
     assert all(listener.done[name] == total for name, total in listener.stages.items())
     assert {"rounds, pass 4 of 4", "prompts at 96 tokens", "texts at 96 tokens, greedy"} <= set(listener.stages)
     drift = [sample for sample in profile.rounds if sample.role == "drift"]
-    assert len(drift) == 1 and drift[0].draft_len == 0
+    assert len(drift) == 1 and drift[0].draft_len == 0 and drift[0].batch == 1
+
+
+def test_a_profile_times_rounds_at_every_batch(measured):
+    from planner.profiler.latency import rounds_room
+
+    profile, _, listener = measured
+    assert listener.stages["rounds, pass 1 of 4"] == 2  # a step for each batch
+    cells = {(s.batch, s.drafter, s.kv, s.draft_len) for s in profile.rounds}
+    assert cells == {(batch, cell.drafter, cell.kv, cell.draft_len) for batch in (1, 3) for cell in latency_cells(SETTINGS, batch)}
+    assert all(len(s.draft_s) == 4 * 3 for s in profile.rounds if s.role == "cell")
+    one, three = profile.memory
+    assert (one.batch, three.batch) == (1, 3)
+    ground = (one.known_bytes - profile.weights_bytes) // profile.target.kv_bytes_per_token("float32")
+    assert ground == 96 + rounds_room(2)
+    assert three.known_bytes - one.known_bytes == full_cache_bytes(profile.target, "float32", capacity=ground, batch=3)
+    assert all(sample.base_bytes + sample.peak_bytes >= sample.known_bytes for sample in profile.memory)
+
+
+def test_a_batch_needs_fewer_cells():
+    settings = SETTINGS._replace(max_draft_len=8)
+    assert [cell.draft_len for cell in latency_cells(settings)] == [0, 8, 1, 2, 4, 8, 1, 4, 8]
+    assert [cell.draft_len for cell in latency_cells(settings, 4)] == [0, 8, 1, 4, 8, 1, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("batches", "match"), [([], "at least 1"), ([0, 4], "at least 1"), ([1, 10**7], "largest batch that fits is .*lower --batches")]
+)
+def test_batches_that_cannot_be_timed_are_refused_before_anything_runs(dataset, batches, match):
+    session = shared_session(MODEL, dtype="float32", device="cpu")
+    with pytest.raises(BadInput, match=match):
+        measure(MODEL, session, dataset, settings=SETTINGS._replace(batches=batches), progress=Listener("none"), began=0.0)
 
 
 def test_every_text_of_a_profile_is_a_stretch_of_its_own(measured):
@@ -145,14 +178,35 @@ def test_a_check_runs_the_choice_beside_off_on_unseen_texts(planned, dataset, lo
     assert found.regret.low <= found.regret.value <= found.regret.high
 
 
-def test_an_interrupted_sweep_goes_on_where_it_stopped(dataset, tmp_path, loaded_once):
+def test_a_plan_for_a_batch_is_checked_with_as_many_streams(measured, dataset, tmp_path, loaded_once):
+    """Two texts are asked for, three run: a batch of two would be another one."""
+    plan = planner.plan(measured[1], temperature=1.0, output_len=8, batch=3, objective="tpot")
+    assert plan.workload.batch == 3
+    save_plan(plan, tmp_path / "plan.json")
+    listener = Listener()
+    found = planner.check(tmp_path / "plan.json", dataset, num_texts=2, device="cpu", progress=listener)
+    assert found.num_texts == 3 and listener.done["check"] == listener.stages["check"] == 3 * len(found.cells)
+    for cell in found.cells:
+        assert [trial.batch for trial in cell.trials] == [3] * 3
+        longest = max((trial.round_s for trial in cell.trials), key=len)
+        assert all(trial.round_s == longest[: len(trial.round_s)] for trial in cell.trials)
+        assert cell.predicted.config == cell.config and cell.measured_round_s > 0
+        assert cell.measured_tokens_per_round == 1 if cell.config == PLAIN else cell.measured_tokens_per_round >= 1
+    with pytest.raises(BadInput, match="at batch 1, 3, got 4; profile with `planner profile --batches 1,3,4`"):
+        planner.plan(measured[1], temperature=1.0, output_len=8, batch=4)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_interrupted_sweep_goes_on_where_it_stopped(dataset, tmp_path, loaded_once, batch):
+    """In a batch of 2 it stops in the middle of a group, which runs again; the half that is known is not written twice."""
     configs = [DraftConfig(drafter=SELF_SPARSE, kv=POLICIES[0], draft_len=k) for k in (1, 2)]
     settings = {
-        "workload": Workload(context_len=96, output_len=8, sampler=Sampler(temperature=1.0)), "configs": configs, "num_texts": 2, "dtype": "float32",
+        "workload": Workload(context_len=96, output_len=8, sampler=Sampler(temperature=1.0), batch=batch), "configs": configs, "num_texts": 2,
+        "dtype": "float32",
         "device": "cpu", "out": tmp_path / "sweep.json",
     }  # fmt: skip
     with pytest.raises(Interrupted):
-        planner.sweep(MODEL, dataset, progress=Listener("sweep", after=4), **settings)
+        planner.sweep(MODEL, dataset, progress=Listener("sweep", after=3), **settings)
     journal = journal_path(tmp_path / "sweep.json")
     before = journal.read_bytes().splitlines()[1:]
     assert 3 <= len(before) < 6
@@ -188,3 +242,6 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(dataset, tmp_path, monk
     assert [text.offset for text in found.texts if text.sampler.greedy] == [text["offset"] for text in greedy["texts"]]
     assert len(found.texts) == 4 * 2
     assert all(len(sample.draft_s) == 4 * 3 for sample in found.rounds if sample.role == "cell")
+    assert Counter(sample.batch for sample in found.rounds if sample.role == "cell") == {1: 3, 3: 3}
+    with pytest.raises(BadInput, match="another run"):
+        planner.profile(MODEL, dataset, resume=True, **(options | {"settings": settings._replace(batches=[1])}))

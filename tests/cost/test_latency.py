@@ -234,3 +234,111 @@ def test_a_drift_sample_of_a_cell_that_was_not_measured_is_refused_in_words():
     profile = with_rounds(made_profile(), lambda sample: msgspec.structs.replace(sample, context_len=77) if sample.role == "drift" else sample)
     with pytest.raises(BadInput, match="drift"):
         fit_latency(profile)
+
+
+# Batches: a fit each, nothing shared.
+
+
+BATCHES = {1: bilinear, 4: floor, 8: steps}  # other kernels at each
+
+
+@cache
+def batched():
+    return fit_latency(made_profile(batches=BATCHES, **WIDE))
+
+
+def at_batch(model, config: DraftConfig, batch: int, context_len: int = 1024) -> float:
+    return model.round_s(config, context_len, context_len, batch)[0][-1]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("config", [PLAIN, sparse(64, 7), sparse(128, 4), sparse(256, 2)], ids=str)
+def test_each_batch_has_the_law_that_made_its_rounds(batch, config):
+    truth = sum(BATCHES[batch](config.kv, config.draft_len, 1024))
+    assert at_batch(batched(), config, batch) == pytest.approx(truth, rel=0.01)
+    assert batched().form(batch) == BATCHES[batch].__name__
+    assert batched().notes(batch) == []
+
+
+def test_what_was_timed_at_other_batches_changes_nothing():
+    """Apart from the pace of the passes, which is the machine's: here there is one pass only."""
+    noisy = {"noise": 0.02, "rounds_per_cell": 12, **SMALL}
+    alone, among = (
+        fit_latency(with_rounds(profile, lambda sample: msgspec.structs.replace(sample, start_s=sample.start_s[:1])))
+        for profile in (made_profile(round_s=bilinear, **noisy), made_profile(batches=BATCHES, **noisy))
+    )
+    for config in (PLAIN, sparse(64, 1), sparse(128, 4)):
+        assert among.round_s(config, 1024, 1024).tolist() == alone.round_s(config, 1024, 1024).tolist()
+    assert among.error() == alone.error() and among.plain_error() == alone.plain_error() != among.plain_error(4)
+
+
+def test_between_two_batches_a_round_lies_on_the_line_and_the_estimate_says_so():
+    model = batched()
+    for config in (PLAIN, sparse(128, 4)):
+        assert at_batch(model, config, 5) == pytest.approx(0.75 * at_batch(model, config, 4) + 0.25 * at_batch(model, config, 8))
+    [note] = model.notes(5)
+    assert "batch 5 is interpolated between 4 and 8" in note
+    assert model.error(5) == max(model.error(4), model.error(8)) and model.form(5) == "floor and steps"
+
+
+def test_a_cell_left_out_moves_the_batches_it_was_timed_at_by_their_share():
+    """Row by row the same cell for every configuration: that is what makes a difference of two of them sure."""
+    model = fit_latency(made_profile(batches=BATCHES, noise=0.05, rounds_per_cell=12, **SMALL))
+    one, other = sparse(64, 4), sparse(128, 2)
+    for config in (one, other, PLAIN):
+        low, high, between = (model.round_s(config, 1024, 1024, batch) for batch in (4, 8, 7))
+        moved = np.concatenate([0.25 * (low[1:] - low[0]), 0.75 * (high[1:] - high[0])])
+        assert between[1:] - between[0] == pytest.approx(moved)
+    assert len(model.round_s(one, 1024, 1024, 7)) == len(model.round_s(other, 1024, 1024, 7)) == len(model.round_s(PLAIN, 1024, 1024, 7))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 9, 64])
+def test_a_batch_outside_of_the_profiled_ones_is_refused_with_the_remedy(batch):
+    model = fit_latency(made_profile(batches={4: floor, 8: steps}, **SMALL))
+    wanted = ",".join(map(str, sorted({batch, 4, 8})))
+    with pytest.raises(BadInput, match=f"at batch 4, 8, got {batch}; profile with `planner profile --batches {wanted}`"):
+        model.round_s(PLAIN, 1024, 1024, batch)
+
+
+def test_a_cell_that_failed_at_a_batch_is_refused_there_and_only_there():
+    profile = made_profile(batches=BATCHES, **SMALL)
+
+    def without(lost):
+        return fit_latency(msgspec.structs.replace(profile, rounds=[s for s in profile.rounds if not lost(s)]))
+
+    model = without(lambda s: s.batch == 8 and s.draft_len == 4)
+    with pytest.raises(BadInput, match="up to draft_len 1 at batch 8, got 4"):
+        model.round_s(sparse(64, 4), 1024, 1024, 6)
+    assert at_batch(model, sparse(64, 4), 4) == pytest.approx(at_batch(fit_latency(profile), sparse(64, 4), 4))
+    with pytest.raises(BadInput, match="no round of self_sparse window 64 K=1 at batch 8"):
+        without(lambda s: s.batch == 8 and s.draft_len > 0).round_s(sparse(64, 1), 1024, 1024, 8)
+    with pytest.raises(BadInput, match="at batch 1, 4, got 8"):  # no baseline, no answer
+        without(lambda s: s.batch == 8 and s.draft_len == 0).round_s(sparse(64, 1), 1024, 1024, 8)
+
+
+def test_the_pace_of_a_pass_is_divided_out_of_every_batch():
+    """The third of three passes is half as fast again, for all cells: the fit must not see it."""
+    profile = made_profile(batches=BATCHES, **SMALL)
+    pace = np.repeat([1.0, 1.0, 1.5], 2)
+
+    def slowed(sample):
+        if sample.role != "cell":
+            return sample
+        return msgspec.structs.replace(
+            sample, **{phase: (pace * getattr(sample, phase)).tolist() for phase in ("draft_s", "verify_s", "commit_s")}
+        )  # fmt: skip
+
+    even, slow = fit_latency(profile), fit_latency(with_rounds(profile, slowed))
+    for batch in BATCHES:
+        assert at_batch(slow, sparse(64, 4), batch) == pytest.approx(pace.mean() * at_batch(even, sparse(64, 4), batch), rel=1e-3)
+    assert slow.unsteadiness > 0.2 > even.unsteadiness
+
+
+def test_drift_compares_cells_of_one_batch():
+    assert fit_latency(made_profile(batches={4: floor, 1: bilinear}, **SMALL)).drift == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_first_token_is_that_of_one_prompt():
+    """A batch selects for all its streams in turn, and its start takes as long; a request arrives by itself."""
+    slow = with_rounds(made_profile(batches=BATCHES, **SMALL), lambda s: msgspec.structs.replace(s, start_s=[s.batch * t for t in s.start_s]))
+    assert fit_latency(slow).ttft_s(sparse(64, 4), 512) == fit_latency(made_profile(round_s=bilinear, **SMALL)).ttft_s(sparse(64, 4), 512)

@@ -1,5 +1,6 @@
 """Predicted bytes: those of real tensors, sums that add up, and a cap that is held."""
 
+import msgspec
 import pytest
 import torch
 from made import NGRAM, SELF_SPARSE, made_profile
@@ -39,6 +40,26 @@ def test_counted_bytes_are_those_of_what_a_decoding_run_holds(config):
     assert counted_bytes(profile, config, WORKLOAD) == model.nbytes + cache.nbytes + make_drafter(config, model).nbytes + logits.nbytes
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("config", [PLAIN, DraftConfig(drafter=NGRAM, draft_len=3), sparse(64), sparse(64, draft_len=1, selection="chunk")], ids=str)
+def test_a_batch_holds_the_weights_once_and_the_rest_once_for_each_stream(config, batch):
+    model = tiny_model()
+    workload = msgspec.structs.replace(WORKLOAD, batch=batch)
+    cache = model.new_cache(cache_capacity(WORKLOAD.context_len, WORKLOAD.output_len, config.draft_len), batch=batch)
+    logits = probabilities(torch.zeros(batch, 2 * config.draft_len + 1, model.spec.vocab_size), WORKLOAD.sampler)
+    counted = counted_bytes(made_profile(target=model.spec, weights_bytes=model.nbytes), config, workload)
+    assert counted == model.nbytes + cache.nbytes + make_drafter(config, model, batch=batch).nbytes + logits.nbytes
+
+
+@pytest.mark.parametrize(("batch", "surplus"), [(1, 200), (2, 500), (4, 500), (8, 900)])
+def test_the_surplus_is_that_of_the_batch_or_of_the_next_larger_one(batch, surplus):
+    samples = [
+        MemorySample(context_len=1000, batch=b, known_bytes=1000, peak_bytes=1000 + s, base_bytes=0) for b, s in ((1, 200), (4, 500), (8, 900))
+    ]
+    profile, workload = made_profile(memory=samples), msgspec.structs.replace(WORKLOAD, batch=batch)
+    assert resident_bytes(profile, PLAIN, workload).value - counted_bytes(profile, PLAIN, workload) == surplus
+
+
 def test_weights_are_the_number_of_parameters():
     model = tiny_model()
     assert model.nbytes == 4 * model.spec.num_parameters
@@ -73,6 +94,10 @@ def test_the_largest_budget_fits_and_one_more_does_not(budget):
     cap = int(resident_bytes(profile, sparse(budget), WORKLOAD).value)
     assert largest_budget(profile, sparse(512), WORKLOAD, cap) == budget
     assert largest_budget(profile, sparse(512), WORKLOAD, cap - 1) == (budget - 1 if budget > 36 else None)
+    batch = msgspec.structs.replace(WORKLOAD, batch=3)
+    cap = int(resident_bytes(profile, sparse(budget), batch).value)
+    assert largest_budget(profile, sparse(512), batch, cap) == budget
+    assert largest_budget(profile, sparse(512), batch, cap - 1) == (budget - 1 if budget > 36 else None)
 
 
 def test_no_budget_fits_under_a_tiny_cap():

@@ -561,3 +561,34 @@ def test_an_interrupt_gives_the_terminal_back(monkeypatch):
         raise KeyboardInterrupt
     assert sys.stderr is before and tty.getvalue().rfind("\x1b[?25h") > tty.getvalue().rfind("\x1b[?25l")
     assert tty.getvalue().endswith("\n") or tty.getvalue().endswith("\x1b[?25h")
+
+
+# Batches
+
+
+def test_a_batch_is_shown_where_there_is_one(capsys, width):
+    batch = msgspec.structs.replace(WORKLOAD, batch=8)
+    check = a_check(
+        cells=[msgspec.structs.replace(cell, trials=[msgspec.structs.replace(t, batch=8) for t in cell.trials]) for cell in a_check().cells]
+    )
+    for show, alone, together in (
+        (terminal.show_plan, a_plan(), a_plan(workload=batch)),
+        (terminal.show_sweep, a_sweep(), a_sweep(workload=batch)),
+        (terminal.show_check, a_check(), check),
+    ):
+        show(together, None)
+        assert re.search(r"8 (streams )?side by side", " ".join(capsys.readouterr().out.split()))
+        show(alone, None)
+        assert "side by side" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_rounds_of_a_batch_stand_behind_those_of_one_stream(capsys, width):
+    profile = a_profile()
+    terminal.show_profile(profile, None)
+    assert "batch" not in capsys.readouterr().out
+    together = [msgspec.structs.replace(sample, batch=4) for sample in profile.rounds if sample.role == "cell"]
+    terminal.show_profile(msgspec.structs.replace(profile, rounds=[*together, *profile.rounds]), None)
+    out = capsys.readouterr().out
+    assert re.findall(r"^ *2048 +([14]) +(off|self_sparse)", out, re.MULTILINE) == [
+        ("1", "off"), ("1", "self_sparse"), ("4", "off"), ("4", "self_sparse"), ("1", "self_sparse"),
+    ]  # fmt: skip

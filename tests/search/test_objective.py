@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 from made import FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_s, made_profile
@@ -9,15 +10,16 @@ from made import FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_
 from planner.cost import round_fit
 from planner.cost.renewal import expected_rounds
 from planner.errors import BadInput
-from planner.measurements import MemorySample
+from planner.measurements import MemorySample, Packed
+from planner.search import objective
 from planner.search.objective import difference, fit_models, objective_s, predict, refusal, with_speedup
 from planner.specs import PLAIN, DraftConfig, FullKV, SparseKV, Workload
 
 OUTPUT = 33
 
 
-def workload(context_len=1024, output_len=OUTPUT, sampler=GREEDY):
-    return Workload(context_len=context_len, output_len=output_len, sampler=sampler)
+def workload(context_len=1024, output_len=OUTPUT, sampler=GREEDY, batch=1):
+    return Workload(context_len=context_len, output_len=output_len, sampler=sampler, batch=batch)
 
 
 def sparse(draft_len, budget=64):
@@ -53,6 +55,54 @@ def test_time_per_token_is_rounds_times_their_seconds(models):
     assert found.round_s.value == pytest.approx(full, rel=0.03)  # the last round drafts nothing
 
 
+def heavier(kv, draft_len, context_len):
+    """A batch at which the target's tokens cost twice as much."""
+    draft_s, verify_s, commit_s = linear_round_s(kv, draft_len, context_len)
+    return draft_s, 2 * verify_s, commit_s
+
+
+@pytest.fixture(scope="module")
+def batched():
+    """A drafter that drafts three tokens in half of its rounds, and one that always does; timed at batches 1 and 8."""
+    profile = made_profile(batches={1: linear_round_s, 8: heavier}, drafters=[*budgets(64), (NGRAM, FullKV())], contexts=(1024,))
+    sparing = np.tile([3, 0], OUTPUT)[: OUTPUT - 1]
+    acceptance = [msgspec.structs.replace(s, drafted=Packed.pack(sparing)) if s.drafter == NGRAM else s for s in profile.acceptance]
+    return fit_models(msgspec.structs.replace(profile, acceptance=acceptance))
+
+
+def test_time_per_token_in_a_batch_is_rounds_times_the_seconds_of_the_batch(batched):
+    alone, found = (predict(batched, sparse(2), workload(batch=batch)).estimate for batch in (1, 8))
+    assert found.tokens_per_round == alone.tokens_per_round
+    assert found.round_s.value == pytest.approx(sum(heavier(SparseKV(budget=64), 2, 1024)), rel=0.03)  # the last round drafts less
+    assert found.tpot_s.value == pytest.approx(found.round_s.value / found.tokens_per_round.value)
+    assert found.ttft_s == alone.ttft_s
+    assert found.memory_bytes.value > alone.memory_bytes.value
+    plain = predict(batched, PLAIN, workload(batch=8)).estimate
+    assert plain.tpot_s.value == pytest.approx(sum(heavier(FullKV(), 0, 1024)), rel=0.01)
+
+
+def test_an_estimate_says_that_its_batch_was_interpolated(batched):
+    assert any("batch 4 is interpolated between 1 and 8" in note for note in predict(batched, sparse(2), workload(batch=4)).estimate.notes)
+    assert predict(batched, sparse(2), workload(batch=8)).estimate.notes == []
+
+
+def test_a_batch_is_as_wide_as_its_widest_stream(batched):
+    """Each of 8 streams drafts in half of its rounds: nearly all rounds of the batch are wide."""
+    by_drafted = batched.acceptance.strata(DraftConfig(drafter=NGRAM, draft_len=3), workload())[0][0].rounds.by_drafted
+    rounds = by_drafted.sum(1)
+    narrow = by_drafted[0, 0] / rounds[0]
+    assert 0.2 < narrow < 0.8
+    for batch in (1, 2, 8):
+        widths = objective._by_width(by_drafted, batch)
+        assert widths.sum(1) == pytest.approx(rounds)
+        assert widths[0, 0] / rounds[0] == pytest.approx(narrow**batch)
+    assert objective._by_width(by_drafted, 1) == pytest.approx(by_drafted)
+    drawn = np.random.default_rng(0).choice(4, size=(200_000, 3), p=by_drafted[0] / rounds[0]).max(1)
+    assert objective._by_width(by_drafted, 3)[0] / rounds[0] == pytest.approx(np.bincount(drawn, minlength=4) / len(drawn), abs=0.01)
+    found = predict(batched, DraftConfig(drafter=NGRAM, draft_len=3), workload(batch=8)).estimate
+    assert found.round_s.value == pytest.approx(sum(heavier(FullKV(), 3, 1024)), rel=0.05)
+
+
 def test_plain_decoding_writes_one_token_per_round(models):
     found = predict(models, PLAIN, workload()).estimate
     assert found.tokens_per_round.value == found.tokens_per_round.low == found.tokens_per_round.high == 1
@@ -62,9 +112,9 @@ def test_plain_decoding_writes_one_token_per_round(models):
 
 def test_speedup_is_the_ratio_to_plain_decoding(models):
     baseline = predict(models, PLAIN, workload())
-    for objective in ("tpot", "e2e"):
-        found = with_speedup(predict(models, sparse(2), workload()), baseline, objective)
-        expected = objective_s(baseline.estimate, objective) / objective_s(found.estimate, objective)
+    for goal in ("tpot", "e2e"):
+        found = with_speedup(predict(models, sparse(2), workload()), baseline, goal)
+        expected = objective_s(baseline.estimate, goal) / objective_s(found.estimate, goal)
         assert found.estimate.speedup.value == pytest.approx(expected)
     tpot, e2e = (with_speedup(predict(models, sparse(2), workload()), baseline, o).estimate.speedup.value for o in ("tpot", "e2e"))
     assert tpot > e2e > 1  # prefill is the same for both and dilutes the gain
@@ -114,6 +164,7 @@ def test_a_configuration_does_not_differ_from_itself(models):
         ({"context_len": 4600}, "max|context"),
         ({"context_len": 4090, "output_len": 33}, "must fit the model's 4096"),
         ({"sampler": WARM}, "profiled for greedy, not for temperature 1"),
+        ({"batch": 2}, "at batch 1, got 2; profile with `planner profile --batches 1,2`"),
     ],
     ids=str,
 )
