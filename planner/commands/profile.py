@@ -160,7 +160,7 @@ def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
     above 1 does without K = 2: its cells take longer, and there may be many batches.
     """
     K = settings.max_draft_len
-    widths = sorted({1, (K + 1) // 2, K} | ({2} if batch == 1 else set()))
+    widths = sorted({1, (K + 1) // 2, K} | ({min(2, K)} if batch == 1 else set()))
     by_budget = sorted(settings.policies, key=lambda kv: kv.budget)
     cells = [PLAIN, DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=K)]
     if by_budget:
