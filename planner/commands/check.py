@@ -89,7 +89,8 @@ def run_check(
         racing, shown = tied_within(objective_by_text(trials, plan.objective), plan.chosen, epsilon, looks)
         if shown is not None:
             break
-    return _report(plan, plan_sha256, arms, trials, environment, complaints(environment), (time.perf_counter() - began) / 60, epsilon, shown)
+    warnings = complaints(environment) + _shared_moments(workload.batch, done)
+    return _report(plan, plan_sha256, arms, trials, environment, warnings, (time.perf_counter() - began) / 60, epsilon, shown)
 
 
 def sweep(
@@ -152,7 +153,8 @@ def sweep(
         trials.append(trial)
         progress.advance()
     minutes = earlier_minutes + (time.perf_counter() - began) / 60
-    return _sweep_report(model, workload, arms, trials, environment, complaints(environment), minutes)
+    warnings = complaints(environment) + _shared_moments(workload.batch, len(prompts))
+    return _sweep_report(model, workload, arms, trials, environment, warnings, minutes)
 
 
 def grid(policies: Sequence, draft_lens: Sequence[int], drafters: Sequence[str]) -> list[DraftConfig]:
@@ -191,6 +193,17 @@ class _Finished(msgspec.Struct, kw_only=True):
 def _whole_groups(num_texts: int, batch: int) -> int:
     """As many texts or a few more, so that no group runs with fewer streams than the batch that was asked about."""
     return -(-num_texts // batch) * batch
+
+
+def _shared_moments(batch: int, num_texts: int) -> list[str]:
+    """What intervals over texts leave out where texts shared their rounds."""
+    if batch == 1:
+        return []
+    groups = f"{num_texts // batch} group" + "s" * (num_texts > batch)
+    return [
+        f"{num_texts} texts ran in {groups} of {batch}, which share the machine's moment; intervals count texts, so they are too narrow "
+        "where the machine is restless: raise --texts before trusting a small difference"
+    ]
 
 
 def _arms(plan: Plan) -> list[DraftConfig]:

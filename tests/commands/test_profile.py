@@ -186,6 +186,7 @@ def test_a_plan_for_a_batch_is_checked_with_as_many_streams(measured, dataset, t
     save_plan(plan, tmp_path / "plan.json")
     listener = Listener()
     found = planner.check(tmp_path / "plan.json", dataset, num_texts=2, device="cpu", progress=listener)
+    assert any("3 texts ran in 1 group of 3, which share" in warning for warning in found.warnings)
     assert found.num_texts == 3 and listener.done["check"] == listener.stages["check"] == 3 * len(found.cells)
     for cell in found.cells:
         assert [trial.batch for trial in cell.trials] == [3] * 3
