@@ -200,10 +200,11 @@ def _shared_moments(batch: int, num_texts: int) -> list[str]:
     if batch == 1:
         return []
     groups = f"{num_texts // batch} group" + "s" * (num_texts > batch)
-    return [
+    warning = (
         f"{num_texts} texts ran in {groups} of {batch}, which share the machine's moment; intervals count texts, so they are too narrow "
         "where the machine is restless: raise --texts before trusting a small difference"
-    ]
+    )
+    return [warning]
 
 
 def _arms(plan: Plan) -> list[DraftConfig]:
