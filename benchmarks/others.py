@@ -70,9 +70,9 @@ class Transformers:
         self._caches = {"dynamic": dynamic, "static": static}
 
     @torch.inference_mode()
-    def rewind(self, kind: str, length: int | None = None) -> None:
-        """Forget what lies behind the first `length` tokens, the whole prompt unless told."""
-        length = len(self.prompt) if length is None else length
+    def rewind(self, kind: str) -> None:
+        """Forget what lies behind the prompt."""
+        length = len(self.prompt)
         for layer in self._caches[kind].layers:
             if kind == "dynamic":
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
@@ -97,28 +97,37 @@ class Transformers:
         """One pass over tokens [1, n] behind the prompt, logits of all of them."""
         return median_s(lambda: self.model(tokens, past_key_values=self._caches[kind]), count, warmup=WARMUP_STEPS, rewind=lambda: self.rewind(kind))
 
-    @torch.inference_mode()
     def prompt_lookup_s(self, draft_len: int, num_tokens: int) -> float:
-        """Seconds per token of greedy generate(prompt_lookup_num_tokens=draft_len) behind the cached prompt.
+        """Seconds per token of greedy generate(prompt_lookup_num_tokens=draft_len), from its first tokens on.
 
-        Its cache lacks the last token of the prompt, which generate wants to process itself: one pass of many.
+        It processes the prompt anew: assisted generation sends the whole prompt through whatever a cache given to it
+        holds. A streamer tells when that pass is over.
         """
-        self.rewind("dynamic", len(self.prompt) - 1)
+        streamer = _Clock()
         tokens = torch.tensor([self.prompt])
-        begin = time.perf_counter()
-        output = self.model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), past_key_values=self._caches["dynamic"], prompt_lookup_num_tokens=draft_len,
-            do_sample=False, max_new_tokens=num_tokens,
+        self.model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), prompt_lookup_num_tokens=draft_len, do_sample=False,
+            max_new_tokens=num_tokens, streamer=streamer,
         )  # fmt: skip
-        seconds = time.perf_counter() - begin
-        written = output.shape[1] - tokens.shape[1]
-        self.rewind("dynamic", len(self.prompt) - 1)
-        self.model(tokens[:, -1:], past_key_values=self._caches["dynamic"])  # whole again
-        return seconds / written
+        (first_s, _), *later = streamer.puts[1:]  # the first put is the prompt
+        return (later[-1][0] - first_s) / sum(count for _, count in later)
 
     @staticmethod
     def _sampled(logits: Tensor) -> Tensor:  # [1, V] -> [1, 1]
         return torch.multinomial(torch.softmax(logits.float(), dim=-1), 1)
+
+
+class _Clock:
+    """A streamer of generate() that notes when tokens came and how many."""
+
+    def __init__(self):
+        self.puts: list[tuple[float, int]] = []
+
+    def put(self, tokens: Tensor) -> None:
+        self.puts.append((time.perf_counter(), tokens.numel()))
+
+    def end(self) -> None:
+        pass
 
 
 def llama_cpp_name() -> str | None:
