@@ -19,10 +19,11 @@ import planner
 from planner.commands.session import Session, open_session
 from planner.errors import BadInput
 from planner.plans import Plan, Trial
+from planner.profiler.device import describe_device
 from planner.profiler.texts import Prompt, draw_prompts, expand
 from planner.profiler.trial import run_trials
 from planner.runtime.weights import default_model_path
-from planner.specs import PLAIN, Sampler, describe
+from planner.specs import PLAIN, describe
 
 CONTEXT_LENS = {"2k": 2048, "4k": 4096, "8k": 8000}  # the model ends at 8192, output included
 TEMPERATURES = (1.0, 0.7)
@@ -62,7 +63,7 @@ class Cell:
         begin = time.perf_counter()
         # No stop tokens: the arms sample different texts, and a time ratio needs both to be as long.
         for trial in run_trials(
-            session.model, [self.prompts[number]], arms if number % 2 == 0 else arms[::-1], Sampler(temperature=self.temperature),
+            session.model, [self.prompts[number]], arms if number % 2 == 0 else arms[::-1], self.plan.workload.sampler,
             output_len=OUTPUT_LEN, stop_tokens=(), seed=SEED + number, warm=number == 0,
         ):  # fmt: skip
             (self.plain if trial.config == PLAIN else self.planned).append(trial)
@@ -86,11 +87,12 @@ def main() -> None:
     session = open_planned(profile_path, next(iter(plans.values())))
     cells = draw_cells(session, plans)
 
-    llama_cpp_s = {}  # by context
     llama_cpp = open_llama_cpp(default_model_path(), session.model.spec.max_context_len)
-    for cell in cells if llama_cpp else []:
-        if cell.context_len not in llama_cpp_s:
-            llama_cpp_s[cell.context_len] = llama_cpp.plain_step_s(cell.prompts[0].tokens, LLAMA_CPP_STEPS)
+    longest = max(cells, key=lambda cell: cell.context_len).prompts[0].tokens
+    contexts = sorted({cell.context_len for cell in cells}) if llama_cpp else []
+    # Beginnings of one prompt, shortest first: each goes on from what llama.cpp has processed.
+    llama_cpp_s = {context_len: llama_cpp.plain_step_s(longest[:context_len], LLAMA_CPP_STEPS) for context_len in contexts}
+    del llama_cpp
 
     for number in range(MAX_TEXTS):
         for cell in cells:
@@ -101,7 +103,7 @@ def main() -> None:
 
     figures = {f"speedup_{cell.name}": cell.speedup for cell in cells}
     figures["worst_cell_speedup"] = min(figures.values())
-    title = f"{OUTPUT_LEN} tokens per text; planned from {profile_path}; intervals at 90 %"
+    title = f"{OUTPUT_LEN} tokens per text; planned from {profile_path.name}; intervals at 90 %"
     report_tables({title: [row(cell, llama_cpp_s.get(cell.context_len)) for cell in cells]}, figures, args.json)
     progress(f"{time.perf_counter() - began:.0f} s")
 
@@ -134,6 +136,8 @@ def open_planned(profile_path: Path, plan: Plan) -> Session:
     session = open_session(profile.model, dtype=profile.dtype)
     if session.model.fingerprint != plan.target_fingerprint:
         raise SystemExit(f"the profile is of model {plan.target_fingerprint}, this one is {session.model.fingerprint}; profile it again")
+    if (here := describe_device(session.model.device).name) != plan.device:
+        progress(f"the profile was measured on {plan.device}, this is {here}: the plan may not be the best here")
     return session
 
 
@@ -170,11 +174,11 @@ def row(cell: Cell, llama_cpp_s: float | None) -> dict:
         "planned, ms/token": missing or f"{1000 * statistics.median(trial.decode_s for trial in cell.planned) / later:.2f}",
         "llama.cpp plain (4-bit Q4_1), ms/token": f"{1000 * llama_cpp_s:.2f}" if llama_cpp_s else "not installed",
         "measured speedup": missing or f"{cell.speedup:.3f}",
-        "median": missing or f"{statistics.median(ratios):.3f}",
-        "mean": missing or f"{statistics.mean(ratios):.3f}",
-        "mean, prefill included": missing or f"{statistics.mean(whole):.3f}",
+        "median over texts": missing or f"{statistics.median(ratios):.3f}",
+        "mean over texts": missing or f"{statistics.mean(ratios):.3f}",
+        "mean with prefill": missing or f"{statistics.mean(whole):.3f}",
         "predicted speedup": f"{plan.speedup.value:.3f} [{plan.speedup.low:.3f}, {plan.speedup.high:.3f}]",
-        "predicted, prefill included": f"{plan.baseline.e2e_s.value / plan.estimate.e2e_s.value:.3f}",
+        "predicted with prefill": f"{plan.baseline.e2e_s.value / plan.estimate.e2e_s.value:.3f}",
     }
 
 
