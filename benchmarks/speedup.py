@@ -97,7 +97,7 @@ def main() -> None:
     for number in range(MAX_TEXTS):
         for cell in cells:
             left_s = BUDGET_S - (time.perf_counter() - began)
-            if number < wanted(cell) and number < len(cell.prompts) and (number < MIN_TEXTS or cell.text_s < left_s):
+            if number < wanted(cell) and (number < MIN_TEXTS or cell.text_s < left_s):
                 cell.run_text(session)
                 progress(f"{cell.name}, text {number + 1}: {cell.text_s:.0f} s")
 
@@ -142,16 +142,16 @@ def open_planned(profile_path: Path, plan: Plan) -> Session:
 
 
 def draw_cells(session: Session, plans: dict[tuple[str, float], Plan]) -> list[Cell]:
-    """One set of unseen prompts per context, the same for its temperatures."""
-    files, prompts = expand([texts()]), {}
+    """Unseen prompts of the longest context; the others take their beginnings, as a profile does."""
+    longest = max(CONTEXT_LENS[name] for name, _ in plans)
     seen = next(iter(plans.values())).seen_texts  # of the profile: the same in all
-    for name, _ in plans:
-        if name not in prompts:
-            prompts[name] = draw_prompts(session.tokenizer, files, length=CONTEXT_LENS[name], count=MAX_TEXTS, seed=SEED, seen=seen)
-    return [
-        Cell(name=f"{name}_t{temperature:g}", context_len=CONTEXT_LENS[name], temperature=temperature, plan=plan, prompts=prompts[name])
-        for (name, temperature), plan in plans.items()
-    ]
+    prompts = draw_prompts(session.tokenizer, expand([texts()]), length=longest, count=MAX_TEXTS, seed=SEED, seen=seen)
+    cells = []
+    for (name, temperature), plan in plans.items():
+        context_len = CONTEXT_LENS[name]
+        cut = [prompt._replace(tokens=prompt.tokens[:context_len]) for prompt in prompts]
+        cells.append(Cell(name=f"{name}_t{temperature:g}", context_len=context_len, temperature=temperature, plan=plan, prompts=cut))
+    return cells
 
 
 def wanted(cell: Cell) -> int:
