@@ -9,6 +9,7 @@ Texts are taken as long as fit into about seven minutes, at least MIN_TEXTS per 
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,24 +88,22 @@ def main() -> None:
     session = open_planned(profile_path, next(iter(plans.values())))
     cells = draw_cells(session, plans)
 
-    llama_cpp = open_llama_cpp(default_model_path(), session.model.spec.max_context_len)
-    longest = max(cells, key=lambda cell: cell.context_len).prompts[0].tokens
-    contexts = sorted({cell.context_len for cell in cells}) if llama_cpp else []
-    # Beginnings of one prompt, shortest first: each goes on from what llama.cpp has processed.
-    llama_cpp_s = {context_len: llama_cpp.plain_step_s(longest[:context_len], LLAMA_CPP_STEPS) for context_len in contexts}
-    del llama_cpp
+    def left_s() -> float:
+        return BUDGET_S - (time.perf_counter() - began)
 
+    llama_cpp_ms = {}
     for number in range(MAX_TEXTS):
+        if number == MIN_TEXTS:  # what must be there is, and the machine is as it was: the column beside it comes now
+            llama_cpp_ms = measure_llama_cpp(cells, session.model.spec.max_context_len, left_s)
         for cell in cells:
-            left_s = BUDGET_S - (time.perf_counter() - began)
-            if number < wanted(cell) and (number < MIN_TEXTS or cell.text_s < left_s):
+            if number < wanted(cell) and (number < MIN_TEXTS or cell.text_s < left_s()):
                 cell.run_text(session)
                 progress(f"{cell.name}, text {number + 1}: {cell.text_s:.0f} s")
 
     figures = {f"speedup_{cell.name}": cell.speedup for cell in cells}
     figures["worst_cell_speedup"] = min(figures.values())
     title = f"{OUTPUT_LEN} tokens per text; planned from {profile_path.name}; intervals at 90 %"
-    report_tables({title: [row(cell, llama_cpp_s.get(cell.context_len)) for cell in cells]}, figures, args.json)
+    report_tables({title: [row(cell, llama_cpp_ms[cell.context_len]) for cell in cells]}, figures, args.json)
     progress(f"{time.perf_counter() - began:.0f} s")
 
 
@@ -159,7 +158,18 @@ def wanted(cell: Cell) -> int:
     return 1 if cell.off else MAX_TEXTS
 
 
-def row(cell: Cell, llama_cpp_s: float | None) -> dict:
+def measure_llama_cpp(cells: list[Cell], max_context_len: int, left_s: Callable[[], float]) -> dict[int, str]:
+    """Its plain decoding in ms per token by context, or why there is none."""
+    contexts = sorted({cell.context_len for cell in cells})
+    llama_cpp = open_llama_cpp(default_model_path(), max_context_len)
+    if llama_cpp is None:
+        return dict.fromkeys(contexts, "not installed")
+    prompt = max((cell.prompts[0].tokens for cell in cells), key=len)
+    # Beginnings of one prompt, shortest first: each goes on from what llama.cpp has processed.
+    return {c: f"{1000 * llama_cpp.plain_step_s(prompt[:c], LLAMA_CPP_STEPS):.2f}" if left_s() > 0 else "no time left" for c in contexts}
+
+
+def row(cell: Cell, llama_cpp_ms: str) -> dict:
     """Measured and predicted in columns of their own."""
     plan, later = cell.plan, OUTPUT_LEN - 1
     ratios = [decode_s(plain) / decode_s(planned) for plain, planned in zip(cell.plain, cell.planned)]
@@ -172,7 +182,7 @@ def row(cell: Cell, llama_cpp_s: float | None) -> dict:
         "texts": len(cell.plain),
         "plain, ms/token": f"{1000 * statistics.median(trial.decode_s for trial in cell.plain) / later:.2f}",
         "planned, ms/token": missing or f"{1000 * statistics.median(trial.decode_s for trial in cell.planned) / later:.2f}",
-        "llama.cpp plain (4-bit Q4_1), ms/token": f"{1000 * llama_cpp_s:.2f}" if llama_cpp_s else "not installed",
+        "llama.cpp plain (4-bit Q4_1), ms/token": llama_cpp_ms,
         "measured speedup": missing or f"{cell.speedup:.3f}",
         "median over texts": missing or f"{statistics.median(ratios):.3f}",
         "mean over texts": missing or f"{statistics.mean(ratios):.3f}",
