@@ -80,11 +80,11 @@ class Ours:
         return median_s(step, count, warmup=WARMUP)
 
     def plain_step_s(self, count: int) -> float:
-        phases = self._phases(make_drafter(PLAIN, self.model), 0, WARMUP + count, ROOM)
+        phases = self._phases(make_drafter(PLAIN, self.model), 0, WARMUP + count)
         return statistics.median([sum(parts) for parts in zip(phases["draft"], phases["verify"], phases["commit"], strict=True)][WARMUP:])
 
     def draft_step_s(self, weights: str, num_rounds: int) -> float:
-        phases = self._phases(self._drafters[weights], DRAFT_LEN, WARMUP + num_rounds, ROOM)
+        phases = self._phases(self._drafters[weights], DRAFT_LEN, WARMUP + num_rounds)
         return statistics.median(phases["draft"][WARMUP:]) / DRAFT_LEN
 
     @property
@@ -100,10 +100,10 @@ class Ours:
         emitted = sum(len(round_.tokens[0]) for round_ in rounds)
         return (time.perf_counter() - begin) / emitted
 
-    def _phases(self, drafter, draft_len: int, num_rounds: int, max_new_tokens: int) -> dict[str, list[float]]:
+    def _phases(self, drafter, draft_len: int, num_rounds: int) -> dict[str, list[float]]:
         """Seconds by phase of the first rounds of decoding at temperature 1, each as wide as draft_len."""
         timer = PhaseTimer(self.model.device)
-        rounds = self._decode(drafter, draft_len, max_new_tokens, Sampler(temperature=1.0), timer.mark)
+        rounds = self._decode(drafter, draft_len, ROOM, Sampler(temperature=1.0), timer.mark)
         for _ in range(1 + num_rounds):  # the first is prefill's token
             next(rounds)
         return timer.seconds()
@@ -140,7 +140,7 @@ class Floor:
 
 
 def measure_context(ours: Ours, theirs: Transformers, llama_cpp, floor: Floor, prompt: list[int]) -> list[dict[str, float]]:
-    """Seconds by (side, what), one dict per round."""
+    """Seconds by side and what, "static verify" for example; one dict per round, each with every side in turn."""
     ours.prefill(prompt)
     theirs.prefill(prompt, ROOM)
     if llama_cpp:
