@@ -18,20 +18,37 @@ def texts() -> str:
     return str(root / "texts")
 
 
-def wants_json(description: str) -> bool:
-    parser = argparse.ArgumentParser(description=description)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flag that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help='print {"figures": ..., "environment": ...} and nothing else')
-    return parser.parse_args().json
+    return parser
+
+
+def wants_json(description: str) -> bool:
+    return make_parser(description).parse_args().json
 
 
 def report(rows: list[dict], figures: dict[str, float], as_json: bool) -> None:
     """A table for people, or the figures by name with the environment they were measured in."""
+    report_tables({"": rows}, figures, as_json)
+
+
+def report_tables(tables: dict[str, list[dict]], figures: dict[str, float], as_json: bool) -> None:
+    """The same with several tables, each under its title; the rows of one table have the same columns."""
     from planner.profiler.device import find_device, read_environment
 
     if as_json:
         print(json.dumps({"figures": figures, "environment": msgspec.to_builtins(read_environment(find_device(None)))}))
         return
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
-    print("  ".join(name.ljust(width) for name, width in widths.items()))
-    for row in rows:
-        print("  ".join(str(row[name]).ljust(width) for name, width in widths.items()))
+    for number, (title, rows) in enumerate(tables.items()):
+        if title:
+            print(("\n" if number else "") + title)
+        widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]}
+        print("  ".join(name.ljust(width) for name, width in widths.items()))
+        for row in rows:
+            print("  ".join(str(row[name]).ljust(width) for name, width in widths.items()))
+
+
+def progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
