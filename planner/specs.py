@@ -13,6 +13,8 @@ from planner.errors import BadInput
 Count = Annotated[int, Meta(ge=1, le=2**40)]
 Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes
 DType = Literal["float32", "float16", "bfloat16"]
+Weights = Literal["full", "int8", "int4"]  # full: in the dtype the model was loaded in
+Execution = Literal["eager", "native", "cuda_graphs"]
 
 BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -143,6 +145,12 @@ class DrafterSpec(Spec, kw_only=True):
     """Who proposes. `none` means that no drafter is loaded: off, plain decoding."""
 
     kind: Literal["none", "ngram", "self_sparse"]
+    weights: Weights = "full"  # of self_sparse: as the target has them, or quantised; its KV stays the target's either way
+    vocab: Count | None = None  # of self_sparse: tokens that its head knows, the frequent and the special ones; None: all
+
+    def __post_init__(self):
+        if self.kind != "self_sparse" and (self.weights != "full" or self.vocab is not None):
+            raise ValueError(f"weights and vocab go with drafter self_sparse and with no other, got drafter {self.kind}")
 
 
 NO_DRAFTER = DrafterSpec(kind="none")
@@ -198,12 +206,17 @@ def describe_kv(kv: KVPolicy) -> str:
     return "full kv" if isinstance(kv, FullKV) else f"{kv.selection} {kv.budget}"
 
 
+def describe_drafter(drafter: DrafterSpec) -> str:
+    """A drafter in a few words."""
+    return drafter.kind + f" {drafter.weights}" * (drafter.weights != "full") + f" vocab {drafter.vocab}" * (drafter.vocab is not None)
+
+
 def describe(config: DraftConfig) -> str:
     """A configuration in a few words, as tables show it."""
     if config.draft_len == 0:
         return "off"
     kv = f" {describe_kv(config.kv)}" if isinstance(config.kv, SparseKV) else ""
-    return f"{config.drafter.kind}{kv} K={config.draft_len}"
+    return f"{describe_drafter(config.drafter)}{kv} K={config.draft_len}"
 
 
 def describe_workload(workload: Workload) -> str:

@@ -2,7 +2,8 @@
 
 import torch
 
-from planner.runtime.model import Transformer, prefill
+from planner.runtime.kernels import Kernels
+from planner.runtime.model import Transformer, build_model, prefill
 from planner.runtime.weights import Checkpoint
 from planner.specs import ModelSpec
 
@@ -15,7 +16,7 @@ def tiny_spec(**changes) -> ModelSpec:
     return ModelSpec(**(shape | changes))
 
 
-def tiny_model(seed: int = 0, device: str = "cpu", sharpness: float = 1.0, **changes) -> Transformer:
+def tiny_model(seed: int = 0, device: str = "cpu", sharpness: float = 1.0, kernels: Kernels | None = None, **changes) -> Transformer:
     """Random Llama; a larger `sharpness` makes its distributions more peaked."""
     spec = tiny_spec(**changes)
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +38,7 @@ def tiny_model(seed: int = 0, device: str = "cpu", sharpness: float = 1.0, **cha
             "input_layernorm": torch.ones(spec.hidden_size, device=device), "post_attention_layernorm": torch.ones(spec.hidden_size, device=device),
         }  # fmt: skip
         tensors |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
-    return Transformer(Checkpoint(spec=spec, tensors=tensors, fingerprint="0" * 16))
+    return build_model(Checkpoint(spec=spec, tensors=tensors, fingerprint="0" * 16), kernels)
 
 
 def random_prompt(length: int, seed: int = 0, vocab_size: int = 61) -> list[int]:

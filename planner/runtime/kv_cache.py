@@ -38,9 +38,7 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:  # [B, H, longest + n, D] each
         """Write the new tokens of one layer behind each stream's length; all that this layer may look at."""
         n = keys.shape[2]
-        end = max(self.lengths) + n
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed; make it larger")
+        end = self.check_room(n)
         if self._uniform:
             start = self.lengths[0]
             self.keys[layer, :, :, start:end] = keys
@@ -50,6 +48,13 @@ class KVCache:
                 self.keys[layer, stream, :, start : start + n] = keys[stream]
                 self.values[layer, stream, :, start : start + n] = values[stream]
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def check_room(self, n: int) -> int:
+        """Where a pass over n new tokens ends. ValueError if the cache is too small."""
+        end = max(self.lengths) + n
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {end} are needed; make it larger")
+        return end
 
     def causal_mask(self, n: int) -> Tensor | None:  # [1 or B, 1, n, longest + n], 0 or -inf, added to scores
         """The mask of a pass over n new tokens; None where every key is visible."""

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planner.runtime.kernels import Kernels, Rotation
 from planner.runtime.kv_cache import KVCache
-from planner.runtime.linear import linear
+from planner.runtime.linear import Linear, Matrix, ReducedHead, frozen, quantized
 from planner.runtime.weights import Checkpoint
-from planner.specs import ModelSpec
+from planner.specs import ModelSpec, Weights
 
 PREFILL_CHUNK = 512  # tokens of one prefill pass: long enough to keep the matrix units busy, short enough for its mask
 
@@ -24,18 +25,20 @@ class Output(NamedTuple):
 
 
 class Transformer(nn.Module):
-    def __init__(self, checkpoint: Checkpoint):
+    """Weights of a checkpoint and the kernels that run them, or a drafter's cheaper copy of another one."""
+
+    def __init__(
+        self, spec: ModelSpec, fingerprint: str, embedding: Tensor, norm: Tensor, head: nn.Module, layers: list["Layer"], kernels: Kernels,
+        special_tokens: tuple[int, ...] = (),
+    ):  # fmt: skip
         super().__init__()
-        spec, weights = checkpoint.spec, checkpoint.tensors
-        self.spec = spec
-        self.fingerprint = checkpoint.fingerprint
-        self.embedding = _frozen(weights["model.embed_tokens.weight"])
-        self.head = self.embedding if spec.tie_embeddings else _frozen(weights["lm_head.weight"])
-        self.norm = _frozen(weights["model.norm.weight"])
-        self.layers = nn.ModuleList(Layer(spec, index, weights) for index in range(spec.num_layers))
+        self.spec, self.fingerprint, self.kernels, self.special_tokens = spec, fingerprint, kernels, special_tokens
+        self.embedding, self.norm, self.head = frozen(embedding), frozen(norm), head
+        self.layers = nn.ModuleList(layers)
         # Inverse frequencies in float32 whatever the weights are: bfloat16 angles are useless beyond 256 tokens.
-        exponent = torch.arange(0, spec.head_dim, 2, device=self.norm.device, dtype=torch.float32) / spec.head_dim
+        exponent = torch.arange(0, spec.head_dim, 2, device=norm.device, dtype=torch.float32) / spec.head_dim
         self.inverse_frequency = 1.0 / spec.rope_theta**exponent  # [D/2]
+        self._cheaper: dict[tuple, Transformer] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,76 +58,80 @@ class Transformer(nn.Module):
         tokens: Tensor,  # [B, n]
         positions: Tensor,  # [B, n]
         cache: KVCache,
-        mask: Tensor | None = None,  # [1 or B, 1, n, S], added to the scores; None: every key is visible
+        mask: Tensor | None = None,  # [1 or B, 1, n, S], added to the scores; None: causal behind each stream's committed tokens
         taps: Collection[int] = (),
     ) -> Output:
         """Hidden states of the new tokens; writes their keys and values into the cache without committing them."""
         x = F.embedding(tokens, self.embedding)
-        angles = positions[:, None, :, None].float() * self.inverse_frequency  # [B, 1, n, D/2]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        if mask is not None:  # the heads of a group share keys: they stand below each other as rows of one query
-            mask = mask.repeat(1, 1, self.spec.num_heads // self.spec.num_kv_heads, 1)
-        tapped = {}
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, cache, mask)
-            if index in taps:
-                tapped[index] = x
-        return Output(rms_norm(x, self.norm, self.spec.rms_norm_eps), tapped)
+        angles = positions[..., None].float() * self.inverse_frequency  # [B, n, D/2]
+        rotation = Rotation(angles.cos(), angles.sin())
+        hidden, tapped = self.kernels.run(self.layers, self.norm, self.spec.rms_norm_eps, x, rotation, cache, mask, taps)
+        return Output(hidden, tapped)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab_size], in the model's dtype."""
-        return linear(hidden, self.head)
+        return self.head(hidden)
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty full cache of this model's shape, dtype and device."""
         return KVCache(self.spec, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
 
+    def cheaper(self, weights: Weights, tokens: tuple[int, ...] | None = None) -> "Transformer":
+        """This model with quantised matrices and, given tokens, a head that knows only them; made once and kept.
+
+        Embedding and norms are shared, keys and values are interchangeable. Itself where nothing is changed.
+        """
+        if weights == "full" and tokens is None:
+            return self
+        if (weights, tokens) not in self._cheaper:
+            head = self.head
+            if tokens is not None:
+                kept = torch.tensor(tokens, device=self.device)
+                rows = Linear(self.head.restored(self.dtype)[kept], self.kernels)
+                head = ReducedHead(quantized(rows, weights), kept, self.spec.vocab_size)
+            elif weights != "full":
+                head = quantized(head, weights)
+            layers = [layer.quantized(weights) for layer in self.layers]
+            fingerprint = self.fingerprint if weights == "full" else f"{self.fingerprint}-{weights}"
+            self._cheaper[weights, tokens] = Transformer(
+                self.spec, fingerprint, self.embedding, self.norm, head, layers, self.kernels, self.special_tokens
+            )
+        return self._cheaper[weights, tokens]
+
 
 class Layer(nn.Module):
-    def __init__(self, spec: ModelSpec, index: int, weights: dict[str, Tensor]):
+    """The weights of one layer; Kernels.run says what is done with them."""
+
+    def __init__(self, attention_norm: Tensor, mlp_norm: Tensor, qkv: Matrix, attention_out: Matrix, gate_up: Matrix, mlp_out: Matrix):
         super().__init__()
+        self.attention_norm, self.mlp_norm = frozen(attention_norm), frozen(mlp_norm)
+        self.qkv, self.attention_out, self.gate_up, self.mlp_out = qkv, attention_out, gate_up, mlp_out
+
+    def quantized(self, weights: Weights) -> "Layer":
+        matrices = (quantized(matrix, weights) for matrix in (self.qkv, self.attention_out, self.gate_up, self.mlp_out))
+        return Layer(self.attention_norm, self.mlp_norm, *matrices)
+
+
+def build_model(checkpoint: Checkpoint, kernels: Kernels | None = None, special_tokens: tuple[int, ...] = ()) -> Transformer:
+    """A checkpoint's tensors, fused to four matrices a layer; eager PyTorch unless other kernels are given.
+
+    special_tokens are those that a reduced vocabulary always keeps.
+    """
+    spec, weights, kernels = checkpoint.spec, checkpoint.tensors, kernels or Kernels()
+    layers = []
+    for index in range(spec.num_layers):
         part = {name.split(".", 3)[3]: tensor for name, tensor in weights.items() if name.startswith(f"model.layers.{index}.")}
-        self.spec, self.index = spec, index
-        self.attention_norm = _frozen(part["input_layernorm.weight"])
-        self.mlp_norm = _frozen(part["post_attention_layernorm.weight"])
-        self.qkv = _frozen(torch.cat([part[f"self_attn.{name}_proj.weight"] for name in "qkv"]))
-        self.attention_out = _frozen(part["self_attn.o_proj.weight"])
-        self.gate_up = _frozen(torch.cat([part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]]))
-        self.mlp_out = _frozen(part["mlp.down_proj.weight"])
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
-        spec = self.spec
-        B, n, _ = x.shape
-        H, G = spec.num_heads, spec.num_kv_heads
-        qkv = linear(rms_norm(x, self.attention_norm, spec.rms_norm_eps), self.qkv)
-        qk, v = qkv.view(B, n, H + 2 * G, spec.head_dim).transpose(1, 2).split([H + G, G], dim=1)
-        q, k = rotate(qk, cos, sin).split([H, G], dim=1)
-        keys, values = cache.append(self.index, k, v)
-        rows = q.reshape(B, G, H // G * n, spec.head_dim)
-        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
-        x = x + linear(attended.reshape(B, H, n, spec.head_dim).transpose(1, 2).reshape(B, n, -1), self.attention_out)
-
-        gate, up = linear(rms_norm(x, self.mlp_norm, spec.rms_norm_eps), self.gate_up).chunk(2, dim=-1)
-        return x + linear(F.silu(gate) * up, self.mlp_out)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm (arXiv:1910.07467) in float32, back in the dtype of x. F.rms_norm takes five times as long on a CPU.
-
-    x  [..., hidden_size]     weight  [hidden_size]
-    """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-    return (x * scale * weight).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves not interleaved (arXiv:2104.09864 as Hugging Face lays it out).
-
-    x  [B, heads, n, D]     cos, sin  [B, 1, n, D/2]
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        matrices = [
+            torch.cat([part[f"self_attn.{name}_proj.weight"] for name in "qkv"]),
+            part["self_attn.o_proj.weight"],
+            torch.cat([part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]]),
+            part["mlp.down_proj.weight"],
+        ]
+        norms = part["input_layernorm.weight"], part["post_attention_layernorm.weight"]
+        layers.append(Layer(*norms, *(Linear(matrix, kernels) for matrix in matrices)))
+    embedding = frozen(weights["model.embed_tokens.weight"])
+    head = Linear(embedding if spec.tie_embeddings else weights["lm_head.weight"], kernels)
+    return Transformer(spec, checkpoint.fingerprint, embedding, weights["model.norm.weight"], head, layers, kernels, special_tokens)
 
 
 @torch.inference_mode()
@@ -141,10 +148,6 @@ def prefill(
     for tokens in prompts.split(chunk, dim=1):
         n, start = tokens.shape[1], cache.lengths[0]
         positions = torch.arange(start, start + n, device=prompts.device).expand(B, n)
-        hidden = model(tokens, positions, cache, cache.causal_mask(n)).hidden
+        hidden = model(tokens, positions, cache).hidden
         cache.commit([n] * B)
     return model.logits(hidden[:, -1])
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.contiguous(), requires_grad=False)

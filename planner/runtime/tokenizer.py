@@ -29,6 +29,7 @@ class Tokenizer:
     """One model's vocabulary, special tokens and chat template."""
 
     stop_tokens: tuple[int, ...]  # generation ends after any of these
+    special_tokens: tuple[int, ...]  # end of text, chat markup and the like, stop tokens included
     bos_token: int | None  # goes in front of raw text; None where the model was trained without
 
     def __init__(
@@ -44,8 +45,10 @@ class Tokenizer:
         backend.no_truncation()  # a tokenizer.json may ask for either
         backend.no_padding()
         self._backend, self._source = backend, source
-        self._chat_template, self._special_tokens = chat_template, special_tokens or {}
+        self._chat_template, self._template_tokens = chat_template, special_tokens or {}
         self.stop_tokens, self.bos_token = tuple(sorted(set(stop_tokens))), bos_token
+        special = [token for token, added in backend.get_added_tokens_decoder().items() if added.special]
+        self.special_tokens = tuple(sorted({*special, *self.stop_tokens}))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone. Special tokens written out in it count as such; none are added."""
@@ -70,7 +73,7 @@ class Tokenizer:
             for key in ("role", "content"):
                 if not isinstance(message, dict) or not isinstance(message.get(key), str):
                     raise BadInput(f"message {i} must be an object with the strings role and content, got {one_line(message)}")
-        return self.encode(_render(self._source, self._chat_template, messages, self._special_tokens))
+        return self.encode(_render(self._source, self._chat_template, messages, self._template_tokens))
 
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder for ids that arrive one by one."""

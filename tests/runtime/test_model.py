@@ -5,7 +5,7 @@ import torch
 from tiny import prefilled, random_prompt, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from planner.runtime.model import Transformer, prefill
+from planner.runtime.model import Transformer, build_model, prefill
 from planner.runtime.weights import default_model_path, load_checkpoint
 from planner.specs import ModelSpec
 
@@ -42,7 +42,7 @@ def reference(**changes) -> LlamaForCausalLM:
 
 
 def ours(folder) -> Transformer:
-    return Transformer(load_checkpoint(folder, torch.float32, CPU))
+    return build_model(load_checkpoint(folder, torch.float32, CPU))
 
 
 @torch.inference_mode()
@@ -77,7 +77,7 @@ def test_a_wrong_rope_theta_is_caught(tmp_path):
     with torch.inference_mode():
         expected = theirs(tokens).logits
     checkpoint = load_checkpoint(tmp_path, torch.float32, CPU, rope_theta=1e4)
-    assert (one_pass(Transformer(checkpoint), tokens)[0] - expected).abs().max() > 0.01
+    assert (one_pass(build_model(checkpoint), tokens)[0] - expected).abs().max() > 0.01
 
 
 @pytest.mark.model
@@ -106,7 +106,7 @@ def test_the_default_model_computes_what_transformers_does_with_its_weights():
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)  # a buffer that the weights do not hold
     with torch.inference_mode():
         expected = theirs(tokens).logits
-    logits, _ = one_pass(Transformer(checkpoint), tokens)
+    logits, _ = one_pass(build_model(checkpoint), tokens)
     assert tokens.shape == (1, 300)
     assert expected.abs().max() > 10
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -1,11 +1,12 @@
 """Drafters by kind."""
 
+from planner.errors import BadInput
 from planner.runtime.drafters.ngram import NgramDrafter
 from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import Drafter
 from planner.runtime.drafters.self_sparse import SelfSparseDrafter
 from planner.runtime.model import Transformer
-from planner.specs import DraftConfig
+from planner.specs import DraftConfig, DrafterSpec
 
 
 def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> Drafter:
@@ -16,4 +17,27 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
         case "ngram":
             return NgramDrafter(model.spec.vocab_size, model.device)
         case "self_sparse":
-            return SelfSparseDrafter(model, config.kv, draft_len=config.draft_len, batch=batch)
+            drafter = drafting_model(config.drafter, model)
+            shared = {id(parameter) for parameter in model.parameters()}
+            own_bytes = sum(parameter.nbytes for parameter in drafter.parameters() if id(parameter) not in shared)
+            return SelfSparseDrafter(drafter, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=own_bytes)
+
+
+def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer:
+    """The target, or the cheaper copy of it that a self_sparse drafter runs. BadInput for a vocabulary that cannot be."""
+    if drafter.vocab is None:
+        return model.cheaper(drafter.weights)
+    return model.cheaper(drafter.weights, frequent_tokens(model, drafter.vocab))
+
+
+def frequent_tokens(model: Transformer, count: int) -> tuple[int, ...]:
+    """`count` ids in ascending order: the special tokens and, for the rest, the smallest ids.
+
+    A byte-level BPE vocabulary numbers its tokens in the order they were merged, so small ids are frequent ones.
+    """
+    size, special = model.spec.vocab_size, sorted(token for token in model.special_tokens if token < model.spec.vocab_size)
+    if not len(special) < count < size:
+        raise BadInput(f"a reduced vocabulary holds more than the {len(special)} special tokens and fewer than all {size}, got {count}")
+    kept = set(special)
+    others = (token for token in range(size) if token not in kept)
+    return tuple(sorted([*special, *(token for token, _ in zip(others, range(count - len(special))))]))

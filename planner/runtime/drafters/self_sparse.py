@@ -20,14 +20,15 @@ STARTS_PER_PASS = 64  # rounds replayed in one forward pass: bounds its mask and
 
 
 class SelfSparseDrafter:
-    def __init__(self, model: Transformer, policy: SparseKV, *, draft_len: int, batch: int):
-        self.model, self.policy, self.draft_len = model, policy, draft_len
+    def __init__(self, model: Transformer, policy: SparseKV, *, draft_len: int, batch: int, weights_bytes: int = 0):
+        """`model` is the target or a cheaper copy of it, which has weights_bytes of its own."""
+        self.model, self.policy, self.draft_len, self._weights_bytes = model, policy, draft_len, weights_bytes
         self.cache = SparseKVCache(model.spec, policy, draft_len=draft_len, batch=batch, dtype=model.dtype, device=model.device)
         self._positions: list[int] = []
 
     @property
     def nbytes(self) -> int:
-        return self.cache.nbytes
+        return self._weights_bytes + self.cache.nbytes
 
     def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
         self.cache.select(target_cache)
@@ -41,8 +42,7 @@ class SelfSparseDrafter:
         drafted, probs = [], []
         committed = self.cache.lengths
         for i in range(K):
-            mask = self.cache.causal_mask(1)
-            hidden = self.model(tokens[:, None], position[:, None] + i, self.cache, mask).hidden
+            hidden = self.model(tokens[:, None], position[:, None] + i, self.cache).hidden
             self.cache.commit([1] * B)
             probs.append(probabilities(self.model.logits(hidden[:, 0]), sampler))
             tokens = sample(probs[-1], uniform[:, i])

@@ -1,0 +1,188 @@
+"""Kernels of kernels.cpp: a CPU's fast path for bfloat16 and float32, compiled on the machine it runs on.
+
+The library is built once, in about ten seconds, and kept in $XDG_CACHE_HOME/specplan under a name made of the source, the
+compiler and the processor. It is loaded after PyTorch, whose OpenMP threads it then shares.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Collection, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from planner.errors import BadInput
+from planner.runtime.kernels import Kernels, Rotation
+from planner.runtime.kv_cache import KVCache
+from planner.runtime.linear import Matrix
+
+if TYPE_CHECKING:
+    from planner.runtime.model import Layer
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ["-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
+MAX_ROWS = 64  # of a matrix product: beyond, it is bound by arithmetic, and PyTorch's is as good
+MAX_QUANTIZED_ROWS = 16  # beyond, restoring the weights and multiplying in bfloat16 is faster
+DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("bits", INTEGER), ("in_", INTEGER), ("out", INTEGER), ("weights", POINTER), ("scales", POINTER)]
+
+    @classmethod
+    def of(cls, matrix: Matrix) -> "_Matrix":
+        out, width = matrix.shape
+        return cls(matrix.bits, width, out, matrix.weights.data_ptr(), None if matrix.scales is None else matrix.scales.data_ptr())
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, POINTER) for name in ("attention_norm", "mlp_norm")] + [
+        (name, _Matrix) for name in ("qkv", "attention_out", "gate_up", "mlp_out")
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("keys", POINTER), ("values", POINTER), ("lengths", POINTER)] + [
+        (name, INTEGER) for name in ("layer_stride", "stream_stride", "capacity")
+    ]
+
+    @classmethod
+    def of(cls, cache: KVCache) -> "_Cache":
+        lengths = (INTEGER * len(cache.lengths))(*cache.lengths)
+        layer, stream = cache.keys.stride()[:2]
+        found = cls(cache.keys.data_ptr(), cache.values.data_ptr(), ctypes.cast(lengths, POINTER), layer, stream, cache.capacity)
+        found.kept = lengths  # the structure holds an address only
+        return found
+
+
+ARGUMENTS = {
+    "linear": [POINTER, POINTER, POINTER, INTEGER],
+    "attend": [POINTER, POINTER, POINTER, POINTER, INTEGER, POINTER] + [INTEGER] * 5,
+    "run": [POINTER, INTEGER, POINTER, ctypes.c_float] + [POINTER] * 5 + [INTEGER] * 5,
+}
+
+
+class NativeKernels(Kernels):
+    """Passes over a few tokens in one call; matrix products of wide ones, and masks of the caller's, are left to PyTorch."""
+
+    execution = "native"
+
+    def __init__(self, dtype: torch.dtype):
+        """BadInput where they cannot be built."""
+        if dtype not in DTYPES:
+            raise BadInput(f"native kernels compute in bfloat16 or float32, got {str(dtype).removeprefix('torch.')}; use --execution eager")
+        library, self._dtype = load_library(), dtype
+        self._functions = {name: getattr(library, f"{name}_{DTYPES[dtype]}") for name in ARGUMENTS}
+        for name, arguments in ARGUMENTS.items():
+            self._functions[name].argtypes, self._functions[name].restype = arguments, None
+        self._tables: WeakKeyDictionary = WeakKeyDictionary()  # layers or a matrix -> what the library is told of them
+
+    def linear(self, x: Tensor, matrix: Matrix) -> Tensor:
+        out, width = matrix.shape
+        rows = x.numel() // width
+        if rows > _most_rows(matrix) or width % 32 or not self._takes(x):
+            return super().linear(x, matrix)
+        if matrix not in self._tables:
+            self._tables[matrix] = _Matrix.of(matrix)
+        y = x.new_empty(*x.shape[:-1], out)
+        self._functions["linear"](ctypes.byref(self._tables[matrix]), x.data_ptr(), y.data_ptr(), rows)
+        return y
+
+    def attend(self, qkv: Tensor, rotation: Rotation, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
+        if mask is not None or not self._takes(qkv) or not self._takes_cache(cache):
+            return super().attend(qkv, rotation, cache, layer, mask)
+        B, n, width = qkv.shape
+        G, D = cache.keys.shape[2], cache.keys.shape[4]
+        H = width // D - 2 * G
+        cache.check_room(n)
+        out = qkv.new_empty(B, n, H * D)
+        self._functions["attend"](
+            qkv.data_ptr(), rotation.cos.data_ptr(), rotation.sin.data_ptr(), ctypes.byref(_Cache.of(cache)), layer, out.data_ptr(), B, n, H, G, D
+        )
+        return out
+
+    def run(
+        self, layers: Sequence["Layer"], norm: Tensor, eps: float, x: Tensor, rotation: Rotation, cache: KVCache, mask: Tensor | None,
+        taps: Collection[int],
+    ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+        B, n, _ = x.shape
+        narrow = B * n <= min(_most_rows(layer.qkv) for layer in layers[:1])
+        if mask is not None or taps or not narrow or not self._takes(x) or not self._takes_cache(cache) or not _regular(layers):
+            return super().run(layers, norm, eps, x, rotation, cache, mask, taps)
+        if layers not in self._tables:
+            self._tables[layers] = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
+        G, D = cache.keys.shape[2], cache.keys.shape[4]
+        H = layers[0].attention_out.shape[1] // D
+        cache.check_room(n)
+        hidden = torch.empty_like(x)
+        self._functions["run"](
+            self._tables[layers], len(layers), norm.data_ptr(), eps, x.data_ptr(), hidden.data_ptr(), rotation.cos.data_ptr(),
+            rotation.sin.data_ptr(), ctypes.byref(_Cache.of(cache)), B, n, H, G, D,
+        )  # fmt: skip
+        return hidden, {}
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether this tensor is what the library was written for; what is to be differentiated is not."""
+        return x.dtype == self._dtype and x.is_contiguous() and not x.requires_grad
+
+    def _takes_cache(self, cache: KVCache) -> bool:
+        capacity, D = cache.keys.shape[3:]
+        return D in (64, 128) and cache.keys.stride() == cache.values.stride() and cache.keys.stride()[2:] == (capacity * D, D, 1)
+
+
+def _most_rows(matrix: Matrix) -> int:
+    return MAX_QUANTIZED_ROWS if matrix.bits < 16 else MAX_ROWS
+
+
+def _regular(layers: Sequence["Layer"]) -> bool:
+    """Whether every width is a multiple of 32, as the library reads them."""
+    first = layers[0]
+    return all(width % 32 == 0 for matrix in (first.qkv, first.attention_out, first.gate_up, first.mlp_out) for width in matrix.shape)
+
+
+def _layer(layer: "Layer") -> _Layer:
+    matrices = (_Matrix.of(matrix) for matrix in (layer.qkv, layer.attention_out, layer.gate_up, layer.mlp_out))
+    return _Layer(layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr(), *matrices)
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """The compiled kernels, built now if this machine has not built them before. BadInput says why it cannot be done."""
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
+        raise BadInput("native kernels need a C++ compiler (g++ 12 or clang++ 15), none was found; install one, or use --execution eager")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specplan"
+    path = folder / f"kernels-{key}.so"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=folder) as building:
+                result = Path(building) / path.name
+                done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(result)], capture_output=True, text=True, check=False)
+                if done.returncode:
+                    why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+                    raise BadInput(f"native kernels could not be built with {compiler} ({why}); use a newer compiler (CXX=...), or --execution eager")
+                result.replace(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BadInput(f"native kernels cannot be kept in {folder} ({error}); set XDG_CACHE_HOME to a folder that can be written") from None
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return os.uname().machine
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
