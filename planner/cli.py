@@ -28,6 +28,12 @@ Dataset = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32: weights and KV cache.")]
+Execution = Annotated[
+    str | None, typer.Option(help="How passes run: eager, native (compiled, CPU) or cuda_graphs; default: native on a CPU, eager on a GPU.")
+]
+TargetWeights = Annotated[str, typer.Option("--weights", help="Weights of the target: full (as --dtype says), int8 or int4; it is the truth then.")]
+DrafterWeights = Annotated[str | None, typer.Option(help="Weights of self_sparse: full, int8 or int4.")]
+DrafterVocab = Annotated[int | None, typer.Option(help="Tokens that the head of self_sparse knows, the frequent and the special ones; default: all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 ProfilePath = Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, as `planner profile` writes it.")]
@@ -52,6 +58,10 @@ def profile(
     contexts: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "2048",
     kv_budgets: Annotated[str, typer.Option(help="Budgets of self_sparse in tokens.")] = "64,128,256,512,1024",
     selections: Annotated[str, typer.Option(help="window, chunk or both.")] = "window,chunk",
+    drafter_weights: Annotated[
+        str | None, typer.Option(help="Weights of self_sparse, of full, int8 and int4; default: int8 on a CPU, full on a GPU.")
+    ] = None,
+    drafter_vocabs: Annotated[str, typer.Option(help="Head sizes of self_sparse in tokens; all keeps the whole vocabulary.")] = "all",
     temperatures: Annotated[str, typer.Option(help="Samplers to profile; acceptance does not carry over between them.")] = "1",
     top_p: Annotated[float, typer.Option(help="Nucleus sampling at every temperature above 0.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Top-k sampling at every temperature above 0; 0 keeps all.")] = 0,
@@ -65,6 +75,8 @@ def profile(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted profile with the same --out stopped.")] = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    execution: Execution = None,
+    weights: TargetWeights = "full",
     seed: Seed = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -82,13 +94,17 @@ def profile(
         for t in parse_numbers(temperatures, float, "--temperatures")
     ]
     policies = _policies(kv_budgets, selections, sink, recent)
+    drafters = _drafters(drafter_weights or "full", drafter_vocabs) if drafter_weights or drafter_vocabs != "all" else None
     settings = Settings(
-        contexts=parse_numbers(contexts, int, "--contexts"), samplers=samplers, policies=policies, max_draft_len=max_draft_len,
+        contexts=parse_numbers(contexts, int, "--contexts"), samplers=samplers, policies=policies, drafters=drafters, max_draft_len=max_draft_len,
         num_texts=texts, output_len=output_len, seed=seed, max_minutes=max_minutes,
         batches=parse_numbers(batches, int, "--batches"),
     )  # fmt: skip
     with terminal.progress("profile", quiet=quiet) as progress:
-        result = planner.profile(model, _paths(dataset), settings=settings, dtype=dtype, device=device, out=out, resume=resume, progress=progress)
+        result = planner.profile(
+            model, _paths(dataset), settings=settings, dtype=dtype, device=device, execution=execution, weights=weights, out=out, resume=resume,
+            progress=progress,
+        )  # fmt: skip
     save_profile(result, out)
     journal_path(out).unlink(missing_ok=True)
     terminal.print_json(result) if as_json else terminal.show_profile(result, out)
@@ -129,6 +145,8 @@ def plan(
 def estimate(
     profile_path: ProfilePath,
     drafter: DrafterName,
+    drafter_weights: DrafterWeights = None,
+    drafter_vocab: DrafterVocab = None,
     kv_budget: Budget = None,
     selection: Selection = None,
     draft_len: Annotated[int, typer.Option(help="Tokens drafted per round.")] = 0,
@@ -145,7 +163,7 @@ def estimate(
     from planner.report import terminal
 
     found, baseline = planner.estimate(
-        profile_path, drafter=drafter, kv_budget=kv_budget, selection=selection, draft_len=draft_len, context_len=isl, output_len=osl,
+        profile_path, drafter=drafter, drafter_weights=drafter_weights, drafter_vocab=drafter_vocab, kv_budget=kv_budget, selection=selection, draft_len=draft_len, context_len=isl, output_len=osl,
         temperature=temperature, top_p=top_p, top_k=top_k, batch=max_concurrency, objective=objective,
     )  # fmt: skip
     terminal.print_json({"estimate": found, "baseline": baseline}) if as_json else terminal.show_estimate(found, baseline)
@@ -194,6 +212,8 @@ def sweep(
     drafters: Annotated[str, typer.Option(help="Of ngram and self_sparse; off is always run.")] = "self_sparse,ngram",
     kv_budgets: Annotated[str, typer.Option(help="Budgets of self_sparse in tokens.")] = "64,256,1024",
     selections: Annotated[str, typer.Option(help="window, chunk or both.")] = "window",
+    drafter_weights: Annotated[str, typer.Option(help="Weights of self_sparse, of full, int8 and int4.")] = "full",
+    drafter_vocabs: Annotated[str, typer.Option(help="Head sizes of self_sparse in tokens; all keeps the whole vocabulary.")] = "all",
     draft_lens: Annotated[str, typer.Option(help="Draft lengths in tokens.")] = "1,2,4,8",
     sink: Annotated[int, typer.Option(help="First tokens that a sparse cache always keeps.")] = 4,
     recent: Annotated[int, typer.Option(help="Least recent tokens that a sparse cache keeps.")] = 32,
@@ -201,6 +221,8 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted sweep with the same --out stopped.")] = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    execution: Execution = None,
+    weights: TargetWeights = "full",
     seed: Seed = 1,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -213,12 +235,19 @@ def sweep(
     from planner.specs import Sampler, Workload
 
     check_writable(out)
-    configs = grid(_policies(kv_budgets, selections, sink, recent), parse_numbers(draft_lens, int, "--draft-lens"), _words(drafters))
+    configs = grid(
+        _policies(kv_budgets, selections, sink, recent),
+        parse_numbers(draft_lens, int, "--draft-lens"),
+        _words(drafters),
+        _words(drafter_weights),
+        _vocabs(drafter_vocabs),
+    )
     sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k)
     workload = Workload(context_len=isl, output_len=osl, sampler=sampler, batch=max_concurrency)
     with terminal.progress("sweep", quiet=quiet) as progress:
         result = planner.sweep(
-            model, _paths(dataset), workload=workload, configs=configs, num_texts=texts, dtype=dtype, device=device, seed=seed, out=out,
+            model, _paths(dataset), workload=workload, configs=configs, num_texts=texts, dtype=dtype, device=device, execution=execution,
+            weights=weights, seed=seed, out=out,
             resume=resume, progress=progress,
         )  # fmt: skip
     save_sweep(result, out)
@@ -232,6 +261,8 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option(help="A file that holds it; - for standard input.")] = None,
     model: Model = "smollm2",
     drafter: DrafterName = "none",
+    drafter_weights: DrafterWeights = None,
+    drafter_vocab: DrafterVocab = None,
     kv_budget: Budget = None,
     selection: Selection = None,
     sink: Annotated[int | None, typer.Option(help="First tokens that the sparse cache keeps.")] = None,
@@ -244,6 +275,8 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    execution: Execution = None,
+    weights: TargetWeights = "full",
     seed: Seed = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -259,11 +292,12 @@ def generate(
     if prompt_file is not None:
         content = sys.stdin.buffer.read() if str(prompt_file) == "-" else read_bytes(prompt_file, "prompt")
         prompt = content.decode("utf-8", errors="replace")
-    config = make_config(drafter, kv_budget, selection, draft_len, sink=sink, recent=recent)
+    config = make_config(drafter, kv_budget, selection, draft_len, weights=drafter_weights, vocab=drafter_vocab, sink=sink, recent=recent)
     sampler = checked(Sampler(temperature=temperature, top_p=top_p, top_k=top_k))
     pieces = planner.generate(
-        model, prompt, config=config, sampler=sampler, max_new_tokens=max_new_tokens, chat=chat, dtype=dtype, device=device, seed=seed
-    )
+        model, prompt, config=config, sampler=sampler, max_new_tokens=max_new_tokens, chat=chat, dtype=dtype, device=device, execution=execution,
+        weights=weights, seed=seed,
+    )  # fmt: skip
     texts, tokens, accepted, times = [], [], [], []
     began = time.perf_counter()
     for piece in pieces:
@@ -338,6 +372,16 @@ def _paths(values: list[str]) -> list[str]:
 
 def _words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _vocabs(text: str) -> list[int | None]:
+    return [None if word == "all" else parse_numbers(word, int, "--drafter-vocabs")[0] for word in _words(text)]
+
+
+def _drafters(weights: str, vocabs: str) -> list:
+    from planner.commands.plan import make_drafter_spec
+
+    return [make_drafter_spec("self_sparse", bits, vocab) for bits in _words(weights) for vocab in _vocabs(vocabs)]
 
 
 def _policies(kv_budgets: str, selections: str, sink: int, recent: int) -> list:

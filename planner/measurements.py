@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from planner.errors import BadInput
 from planner.files import read_bytes, write_whole
-from planner.specs import Count, DeviceSpec, DrafterSpec, DType, KVPolicy, ModelSpec, Sampler, Size, Spec
+from planner.specs import Count, DeviceSpec, DrafterSpec, DType, KVPolicy, ModelSpec, Sampler, Size, Spec, Weights
 
 SCHEMA_VERSION = 1
 
@@ -150,6 +150,7 @@ class Profile(Spec, kw_only=True):
     weights_bytes: Size
     dtype: DType
     execution_mode: Name
+    weights: Weights = "full"  # of the target
     device: DeviceSpec
     environment: Environment
     seed: int

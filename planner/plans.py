@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from planner.files import read_bytes, write_whole
 from planner.measurements import Environment, Name, Natural, Seconds, decode_checked, encode
-from planner.specs import Count, DraftConfig, Size, Spec, Workload
+from planner.specs import Count, DraftConfig, Size, Spec, Weights, Workload
 
 PLAN_SCHEMA_VERSION = 1
 CONFIDENCE = 0.90
@@ -79,6 +79,8 @@ class Plan(Spec, kw_only=True):
     target_fingerprint: Name
     device: Name
     dtype: Name
+    execution_mode: Name = "eager"
+    weights: Weights = "full"  # of the target
     source: Name
     workload: Workload
     objective: Objective
@@ -113,7 +115,7 @@ class Trial(Spec, kw_only=True):
     drafted: list[Natural]  # by round, of this stream
     accepted: list[Natural]
     round_s: list[Seconds]  # up to the one in which this stream ended
-    cache_bytes: Size
+    cache_bytes: Size  # caches, and weights of the drafter's own
     peak_bytes: Size
 
     @property

@@ -13,7 +13,7 @@ from planner.errors import BadInput
 from planner.files import Journal, journal_path
 from planner.measurements import fingerprint
 from planner.plans import Check, CheckCell, Estimate, Interval, Plan, Sweep, SweepCell, Trial, load_plan, mean_round_s, tokens_per_round
-from planner.specs import PLAIN, DraftConfig, Workload, checked, describe
+from planner.specs import PLAIN, DraftConfig, Execution, Weights, Workload, checked, describe
 
 TOLERANCE = 0.05  # a check passes unless the choice is shown to be worse than this
 MACHINE_SHIFT = 0.05  # of plain decoding against the profile, beyond which absolute times say little
@@ -36,7 +36,7 @@ def check(
     A plan for a batch is run in groups of as many texts side by side; num_texts is rounded up to whole groups.
     """
     plan = load_plan(plan_path)
-    session = open_session(plan.model, dtype=plan.dtype, device=device)
+    session = open_session(plan.model, dtype=plan.dtype, device=device, execution=plan.execution_mode, weights=plan.weights)
     return run_check(session, plan, fingerprint(plan_path), dataset, num_texts=num_texts, epsilon=epsilon, seed=seed, progress=progress)
 
 
@@ -102,6 +102,8 @@ def sweep(
     num_texts: int = 8,
     dtype: str = "bfloat16",
     device: str | None = None,
+    execution: Execution | None = None,
+    weights: Weights = "full",
     seed: int = 1,
     out: str | Path,
     resume: bool = False,
@@ -117,7 +119,7 @@ def sweep(
 
     began = time.perf_counter()
     workload = checked(workload)
-    session = open_session(model, dtype=dtype, device=device)
+    session = open_session(model, dtype=dtype, device=device, execution=execution, weights=weights)
     limit = session.model.spec.max_context_len
     if workload.context_len + workload.output_len > limit:
         raise BadInput(f"context + output must fit the model's {limit} tokens, got {workload.context_len} + {workload.output_len}; shorten one")
@@ -127,6 +129,7 @@ def sweep(
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=count, seed=seed)
     header = _SweepRun(
         planner=planner.__version__, fingerprint=session.model.fingerprint, device=describe_device(session.model.device).name, dtype=dtype,
+        execution=session.model.kernels.execution,
         workload=workload, seed=seed, texts=[prompt.key for prompt in prompts],
     )  # fmt: skip
     journal = Journal(journal_path(out), header, resume=resume)
@@ -153,12 +156,14 @@ def sweep(
         trials.append(trial)
         progress.advance()
     minutes = earlier_minutes + (time.perf_counter() - began) / 60
-    warnings = complaints(environment) + _shared_moments(workload.batch, len(prompts))
+    warnings = complaints(environment) + session.warnings + _shared_moments(workload.batch, len(prompts))
     return _sweep_report(model, workload, arms, trials, environment, warnings, minutes)
 
 
-def grid(policies: Sequence, draft_lens: Sequence[int], drafters: Sequence[str]) -> list[DraftConfig]:
-    """Every combination: drafters with a cache at every policy and length, the others at every length."""
+def grid(
+    policies: Sequence, draft_lens: Sequence[int], drafters: Sequence[str], weights: Sequence[Weights] = ("full",), vocabs: Sequence[int | None] = (None,)
+) -> list[DraftConfig]:  # fmt: skip
+    """Every combination: self_sparse with all weights and vocabularies at every policy and length, the others at every length."""
     from planner.commands.plan import make_config
 
     configs = []
@@ -169,7 +174,11 @@ def grid(policies: Sequence, draft_lens: Sequence[int], drafters: Sequence[str])
                 if kv is None:
                     configs.append(make_config(drafter, None, None, draft_len))
                 else:
-                    configs.append(make_config(drafter, kv.budget, kv.selection, draft_len, sink=kv.sink, recent=kv.recent))
+                    configs += [
+                        make_config(drafter, kv.budget, kv.selection, draft_len, sink=kv.sink, recent=kv.recent, weights=bits, vocab=vocab)
+                        for bits in weights
+                        for vocab in vocabs
+                    ]
     return configs
 
 
@@ -180,6 +189,7 @@ class _SweepRun(msgspec.Struct, kw_only=True):
     fingerprint: str
     device: str
     dtype: str
+    execution: str
     workload: Workload
     seed: int
     texts: list[str]

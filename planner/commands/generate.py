@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from planner.commands.session import open_session
 from planner.errors import BadInput
-from planner.specs import DraftConfig, Sampler
+from planner.specs import DraftConfig, Execution, Sampler, Weights
 
 
 class Piece(NamedTuple):
@@ -27,10 +27,12 @@ def generate(
     chat: bool = False,
     dtype: str = "bfloat16",
     device: str | None = None,
+    execution: Execution | None = None,
+    weights: Weights = "full",
     seed: int = 0,
 ) -> Iterator[Piece]:
     """Stream a continuation of the prompt: first prefill's token, then a piece per round, then what a cut-off character left."""
-    session = open_session(model, dtype=dtype, device=device)
+    session = open_session(model, dtype=dtype, device=device, execution=execution, weights=weights)
     import torch
 
     from planner.runtime.decode import cache_capacity, decode

@@ -1,11 +1,13 @@
 """planner plan and planner estimate: from a Profile and a workload to numbers. Does not need torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from planner.errors import BadInput
 from planner.measurements import Profile, fingerprint, load_profile
 from planner.plans import Estimate, Objective, Plan
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, Workload, checked, describe_sampler
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, Weights, Workload, checked, describe_drafter, describe_sampler
 
 
 def plan(
@@ -36,6 +38,8 @@ def estimate(
     profile_path: str | Path,
     *,
     drafter: str,
+    drafter_weights: Weights | None = None,
+    drafter_vocab: int | None = None,
     kv_budget: int | None = None,
     selection: str | None = None,
     draft_len: int = 0,
@@ -54,24 +58,30 @@ def estimate(
     profile = load_profile(profile_path)
     workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k, batch)
     models = fit_models(profile)
-    config = make_config(drafter, kv_budget, selection, draft_len, like=[kv for kv in models.acceptance.policies(DrafterSpec(kind="self_sparse"))])
+    profiled = [sample for sample in profile.acceptance if sample.drafter.kind == drafter]
+    config = make_config(
+        drafter, kv_budget, selection, draft_len, weights=drafter_weights, vocab=drafter_vocab,
+        like=[DraftConfig(drafter=sample.drafter, kv=sample.kv, draft_len=1) for sample in profiled],
+    )  # fmt: skip
     baseline = predict(models, PLAIN, workload)
     return with_speedup(predict(models, config, workload), baseline, objective).estimate, baseline.estimate
 
 
 def make_config(
-    drafter: str, kv_budget: int | None, selection: str | None, draft_len: int, *, sink: int | None = None, recent: int | None = None, like: list = ()
+    drafter: str, kv_budget: int | None, selection: str | None, draft_len: int, *, weights: str | None = None, vocab: int | None = None,
+    sink: int | None = None, recent: int | None = None, like: Sequence[DraftConfig] = (),
 ) -> DraftConfig:  # fmt: skip
-    """A configuration from flags. `like` holds the profiled policies, whose selection, sink and recent window are the defaults."""
-    try:
-        spec = checked(DrafterSpec(kind=drafter))
-    except BadInput:
-        raise BadInput(f"a drafter is none, ngram or self_sparse, got {drafter!r}") from None
+    """A configuration from flags. What was profiled, `like`, gives the defaults of weights, vocabulary, selection, sink and recent window."""
+    asked = make_drafter_spec(drafter, weights or "full", vocab)
+    variants = list(dict.fromkeys(c.drafter for c in like if weights in (None, c.drafter.weights) and vocab in (None, c.drafter.vocab)))
+    if len(variants) > 1:
+        names = "; ".join(describe_drafter(variant) for variant in variants)
+        raise BadInput(f"the profile holds several drafters ({names}); choose one with --drafter-weights and --drafter-vocab")
     kv = FullKV()
     if drafter == "self_sparse":
         if kv_budget is None:
             raise BadInput("drafter self_sparse needs --kv-budget, the tokens it attends to")
-        known = [policy for policy in like if selection in (None, policy.selection)]
+        known = [config.kv for config in like if selection in (None, config.kv.selection)]
         selections = list(dict.fromkeys(policy.selection for policy in known))
         if selection is None and len(selections) > 1:
             raise BadInput(f"the profile holds selections {', '.join(selections)}; choose one with --selection")
@@ -82,7 +92,19 @@ def make_config(
     elif kv_budget is not None or selection is not None:
         raise BadInput(f"--kv-budget and --selection go with drafter self_sparse, got drafter {drafter}")
     try:
-        return checked(DraftConfig(drafter=spec, kv=kv, draft_len=draft_len))
+        return checked(DraftConfig(drafter=variants[0] if variants else asked, kv=kv, draft_len=draft_len))
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def make_drafter_spec(kind: str, weights: str, vocab: int | None) -> DrafterSpec:
+    """A drafter, its own rules turned into BadInput."""
+    if kind not in ("none", "ngram", "self_sparse"):
+        raise BadInput(f"a drafter is none, ngram or self_sparse, got {kind!r}")
+    if weights not in get_args(Weights):
+        raise BadInput(f"weights of a drafter are one of {', '.join(get_args(Weights))}, got {weights!r}")
+    try:
+        return checked(DrafterSpec(kind=kind, weights=weights, vocab=vocab))
     except ValueError as error:
         raise BadInput(str(error)) from None
 

@@ -22,7 +22,7 @@ from planner.measurements import (
     Seconds,
     Text,
 )
-from planner.specs import PLAIN, DeviceSpec, DraftConfig, DrafterSpec, Sampler, SparseKV, checked, describe_sampler
+from planner.specs import PLAIN, DeviceSpec, DraftConfig, DrafterSpec, Execution, Sampler, SparseKV, Weights, checked, describe_sampler
 from planner.units import format_bytes
 
 MIN_TEXTS = 4  # kept whatever --max-minutes says: below, an interval means nothing
@@ -36,6 +36,7 @@ class Settings(NamedTuple):
     contexts: list[int]
     samplers: list[Sampler]
     policies: list[SparseKV]
+    drafters: list[DrafterSpec] | None = None  # variants of self_sparse; None: int8 weights on a CPU, the target's own elsewhere
     max_draft_len: int = 8
     num_texts: int = 16
     output_len: int = 128
@@ -51,6 +52,8 @@ def profile(
     settings: Settings,
     dtype: str = "bfloat16",
     device: str | None = None,
+    execution: Execution | None = None,
+    weights: Weights = "full",
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress = Silent(),
@@ -62,7 +65,7 @@ def profile(
     the time is up, and the profile says so.
     """
     began = time.perf_counter()
-    session = open_session(model, dtype=dtype, device=device)
+    session = open_session(model, dtype=dtype, device=device, execution=execution, weights=weights)
     return measure(model, session, dataset, settings=settings, progress=progress, began=began, out=out, resume=resume)
 
 
@@ -89,7 +92,7 @@ def measure(
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
     header = _Run(
         planner_version=planner.__version__, fingerprint=session.model.fingerprint, device=device.name, num_cores=device.num_cores,
-        dtype=str(session.model.dtype), settings=settings._replace(max_minutes=None), group=group, texts=[prompt.key for prompt in prompts],
+        dtype=str(session.model.dtype), execution=session.model.kernels.execution, settings=settings._replace(max_minutes=None), group=group, texts=[prompt.key for prompt in prompts],
     )  # fmt: skip
     journal = None if out is None else Journal(journal_path(out), header, resume=resume)
     done = list(journal.entries(_PassDone | _TextsDone)) if journal else []
@@ -124,7 +127,8 @@ def measure(
         target_fingerprint=session.model.fingerprint,
         weights_bytes=session.model.nbytes,
         dtype=str(session.model.dtype).removeprefix("torch."),
-        execution_mode="eager",
+        execution_mode=session.model.kernels.execution,
+        weights=session.weights,
         device=device,
         environment=environment,
         seed=settings.seed,
@@ -142,32 +146,33 @@ def measure(
             "texts": sum(entry.minutes for entry in done if isinstance(entry, _TextsDone)),
             "other": (time.perf_counter() - began) / 60 - sum(entry.minutes for entry in done[num_earlier:]),
         },
-        warnings=complaints(environment) + warnings,
+        warnings=complaints(environment) + session.warnings + warnings,
     )
 
 
 def drafts(settings: Settings) -> list[DraftConfig]:
     """The drafters and policies to replay, each at the longest draft_len."""
     K = settings.max_draft_len
-    sparse = [DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=kv, draft_len=K) for kv in settings.policies]
+    sparse = [DraftConfig(drafter=drafter, kv=kv, draft_len=K) for drafter in settings.drafters for kv in settings.policies]
     return [*sparse, DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=K)]
 
 
 def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
     """Where rounds are timed: plain; the smallest budget at several widths, the largest at fewer; n-gram at the widest.
 
-    Policies of one budget run the same kernels on caches of the same size, so one selection stands for all. A batch
-    above 1 does without K = 2: its cells take longer, and there may be many batches.
+    Policies of one budget run the same kernels on caches of the same size, so one selection stands for all. Verifying is
+    the same for every drafter, so those after the first are timed at fewer widths. A batch above 1 does without K = 2:
+    its cells take longer, and there may be many batches.
     """
     K = settings.max_draft_len
-    widths = sorted({1, (K + 1) // 2, K} | ({min(2, K)} if batch == 1 else set()))
+    few, many = sorted({1, (K + 1) // 2, K}), sorted({1, (K + 1) // 2, K} | ({min(2, K)} if batch == 1 else set()))
     by_budget = sorted(settings.policies, key=lambda kv: kv.budget)
     cells = [PLAIN, DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=K)]
-    if by_budget:
-        self_sparse = DrafterSpec(kind="self_sparse")
-        cells += [DraftConfig(drafter=self_sparse, kv=by_budget[0], draft_len=k) for k in widths]
+    for number, drafter in enumerate(settings.drafters if by_budget else []):
+        at_smallest, at_largest = (many, few) if number == 0 else (few, [K])
+        cells += [DraftConfig(drafter=drafter, kv=by_budget[0], draft_len=k) for k in at_smallest]
         if by_budget[-1].budget > by_budget[0].budget:
-            cells += [DraftConfig(drafter=self_sparse, kv=by_budget[-1], draft_len=k) for k in sorted({1, (K + 1) // 2, K})]
+            cells += [DraftConfig(drafter=drafter, kv=by_budget[-1], draft_len=k) for k in at_largest]
     return cells
 
 
@@ -179,6 +184,7 @@ class _Run(msgspec.Struct, kw_only=True):
     device: str
     num_cores: int | None
     dtype: str
+    execution: str
     settings: Settings
     group: int
     texts: list[str]
@@ -206,6 +212,8 @@ class _TextsDone(msgspec.Struct, kw_only=True, tag="texts"):
 
 
 def _checked(settings: Settings, session: Session) -> Settings:
+    from planner.runtime.drafters import drafting_model
+
     spec = session.model.spec
     for context_len in settings.contexts:
         if context_len < 1 or context_len + settings.output_len > spec.max_context_len:
@@ -223,7 +231,13 @@ def _checked(settings: Settings, session: Session) -> Settings:
         raise BadInput(f"a batch counts streams and must be at least 1, got {settings.batches}; give --batches 1,4,8")
     if settings.max_minutes is not None and not settings.max_minutes > 0:
         raise BadInput(f"--max-minutes must be positive, got {settings.max_minutes:g}")
+    drafters = settings.drafters
+    if drafters is None:
+        drafters = [DrafterSpec(kind="self_sparse", weights="int8" if session.model.device.type == "cpu" else "full")]
+    for drafter in drafters:
+        drafting_model(drafter, session.model)  # refuses what the model cannot be made into; and before anything is timed
     return settings._replace(
+        drafters=list(dict.fromkeys(drafters)),
         contexts=sorted(set(settings.contexts)),
         batches=sorted(set(settings.batches)),
         samplers=[checked(sampler) for sampler in settings.samplers],
@@ -331,7 +345,7 @@ class _Timing:
         """Weights, the prompts of all contexts, and the largest of the copies that a batch was timed on, one context at a time."""
         grounds = {context_len: ground.cache.nbytes for context_len, ground in self._grounds.items()}
         copies = max(sample.batch * grounds[sample.context_len] * (sample.batch > 1) for sample in timed)
-        return self._session.model.nbytes + sum(grounds.values()) + copies
+        return self._session.model.nbytes + self._session.model.copies_nbytes + sum(grounds.values()) + copies
 
     def again(self) -> list[RoundSample]:
         """The first cell once more: has the machine changed since the first pass?"""

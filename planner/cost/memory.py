@@ -7,7 +7,7 @@ import numpy as np
 
 from planner.measurements import Profile
 from planner.plans import Interval
-from planner.specs import CHUNK_SIZE, DraftConfig, DType, ModelSpec, SparseKV, Workload
+from planner.specs import BYTES_PER_ELEMENT, CHUNK_SIZE, DraftConfig, DrafterSpec, DType, ModelSpec, SparseKV, Weights, Workload
 
 
 def full_cache_bytes(model: ModelSpec, dtype: DType, *, capacity: int, batch: int = 1) -> int:
@@ -18,6 +18,35 @@ def full_cache_bytes(model: ModelSpec, dtype: DType, *, capacity: int, batch: in
 def sparse_cache_bytes(model: ModelSpec, dtype: DType, *, budget: int, draft_len: int, batch: int = 1) -> int:
     """A drafter's copy of what it attends to, with room for the drafts of a round."""
     return full_cache_bytes(model, dtype, capacity=budget + draft_len + 1, batch=batch)
+
+
+def matrix_bytes(out: int, width: int, dtype: DType, weights: Weights) -> int:
+    """One matrix [out, width] as runtime.linear stores it: int8 with a float32 scale per row, int4 with 4 bytes per 32 weights."""
+    match weights:
+        case "full":
+            return out * width * BYTES_PER_ELEMENT[dtype]
+        case "int8":
+            return out * width + 4 * out
+        case "int4":
+            return out * width // 2 + out * width // 32 * 4
+
+
+def drafter_weights_bytes(model: ModelSpec, dtype: DType, drafter: DrafterSpec, target_weights: Weights) -> int:
+    """What a self_sparse drafter does not share with its target: matrices of other bits, and a head of its own."""
+    changed = drafter.weights not in ("full", target_weights)
+    total = 0
+    if changed:
+        attention, inner = model.num_heads * model.head_dim, model.intermediate_size
+        shapes = [
+            (attention + 2 * model.num_kv_heads * model.head_dim, model.hidden_size), (model.hidden_size, attention), (2 * inner, model.hidden_size),
+            (model.hidden_size, inner),
+        ]  # fmt: skip
+        total += model.num_layers * sum(matrix_bytes(out, width, dtype, drafter.weights) for out, width in shapes)
+    if drafter.vocab is not None:
+        total += matrix_bytes(drafter.vocab, model.hidden_size, dtype, drafter.weights) + 8 * drafter.vocab  # and the ids it stands for
+    elif changed:
+        total += matrix_bytes(model.vocab_size, model.hidden_size, dtype, drafter.weights)
+    return total
 
 
 def logits_bytes(model: ModelSpec, draft_len: int, batch: int = 1) -> int:
@@ -33,6 +62,7 @@ def counted_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> 
     total = profile.weights_bytes + full_cache_bytes(model, dtype, capacity=capacity, batch=batch) + logits_bytes(model, config.draft_len, batch)
     if isinstance(config.kv, SparseKV):
         total += sparse_cache_bytes(model, dtype, budget=config.kv.budget, draft_len=config.draft_len, batch=batch)
+        total += drafter_weights_bytes(model, dtype, config.drafter, profile.weights)
     return total
 
 

@@ -53,6 +53,16 @@ class Transformer(nn.Module):
         """Bytes of all weights; a tied head counts once."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
+    @property
+    def copies_nbytes(self) -> int:
+        """Bytes of the cheaper copies made so far."""
+        return sum(self.extra_nbytes(copy) for copy in self._cheaper.values())
+
+    def extra_nbytes(self, copy: "Transformer") -> int:
+        """Bytes that a cheaper copy takes beyond what it shares with this model."""
+        shared = {id(parameter) for parameter in self.parameters()}
+        return sum(parameter.nbytes for parameter in copy.parameters() if id(parameter) not in shared)
+
     def forward(
         self,
         tokens: Tensor,  # [B, n]

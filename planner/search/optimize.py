@@ -11,7 +11,7 @@ from planner.errors import BadInput
 from planner.measurements import Profile
 from planner.plans import Interval, Objective, Plan, Rejected, Tie
 from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict, refusal, text_share, with_speedup
-from planner.specs import PLAIN, DraftConfig, DType, SparseKV, Workload
+from planner.specs import PLAIN, DraftConfig, SparseKV, Workload
 
 NUM_RUNNERS_UP = 3
 MAX_TIES = 5
@@ -53,6 +53,8 @@ def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, obje
         target_fingerprint=profile.target_fingerprint,
         device=profile.device.name,
         dtype=profile.dtype,
+        execution_mode=profile.execution_mode,
+        weights=profile.weights,
         source=profile.source,
         workload=workload,
         objective=objective,
@@ -70,7 +72,7 @@ def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, obje
         latency_error=models.latency.error(workload.batch),
         latency_form=models.latency.form(workload.batch),
         seen_texts=sorted({f"{text.source}@{text.offset}+{text.extent}" for text in profile.texts}),
-        command=command(profile.model, profile.dtype, chosen.estimate.config, workload),
+        command=command(profile, chosen.estimate.config, workload),
         notes=_notes(models, chosen),
     )
 
@@ -117,11 +119,14 @@ def _what_settles(chosen: Prediction, other: Prediction, gap: Interval) -> str:
     return "run them (planner check PLAN --epsilon 3%): the fit of round times is not certain enough to tell"
 
 
-def command(model: str, dtype: DType, config: DraftConfig, workload: Workload) -> str:
+def command(profile: Profile, config: DraftConfig, workload: Workload) -> str:
     """The line to paste: the own runtime with the chosen setting."""
-    words = (
-        ["planner generate", f"--model {shlex.quote(model)}"] + [f"--dtype {dtype}"] * (dtype != "bfloat16") + [f"--drafter {config.drafter.kind}"]
-    )
+    usual_execution = "native" if profile.device.kind == "cpu" else "eager"
+    words = ["planner generate", f"--model {shlex.quote(profile.model)}"]
+    words += [f"--dtype {profile.dtype}"] * (profile.dtype != "bfloat16") + [f"--weights {profile.weights}"] * (profile.weights != "full")
+    words += [f"--execution {profile.execution_mode}"] * (profile.execution_mode != usual_execution) + [f"--drafter {config.drafter.kind}"]
+    words += [f"--drafter-weights {config.drafter.weights}"] * (config.drafter.weights != "full")
+    words += [f"--drafter-vocab {config.drafter.vocab}"] * (config.drafter.vocab is not None)
     if isinstance(config.kv, SparseKV):
         words += [f"--kv-budget {config.kv.budget}", f"--selection {config.kv.selection}"]
         default = SparseKV(budget=config.kv.budget, selection=config.kv.selection)

@@ -11,7 +11,7 @@ import pytest
 import planner
 from planner.commands.profile import Settings, latency_cells, measure
 from planner.commands.session import open_session
-from planner.cost.memory import full_cache_bytes
+from planner.cost.memory import drafter_weights_bytes, full_cache_bytes
 from planner.errors import BadInput, PlannerError
 from planner.files import journal_path
 from planner.measurements import load_profile, save_profile
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.model
 
 MODEL = "smollm2"
 POLICIES = [SparseKV(budget=40, sink=4, recent=8), SparseKV(budget=64, sink=4, recent=8, selection="chunk")]
+SELF_SPARSE = DrafterSpec(kind="self_sparse", weights="int8")
 SETTINGS = Settings(
     contexts=[96], samplers=[Sampler(temperature=0.0), Sampler(temperature=1.0)], policies=POLICIES, max_draft_len=2, num_texts=4, output_len=24,
-    batches=[3, 1],
+    batches=[3, 1], drafters=[SELF_SPARSE],
 )  # fmt: skip
-SELF_SPARSE = DrafterSpec(kind="self_sparse")
 
 
 class Interrupted(Exception):
@@ -73,8 +73,8 @@ def loaded_once(monkeypatch):
 
 
 @cache
-def shared_session(model: str, *, dtype: str, device: str | None):
-    return open_session(model, dtype=dtype, device=device)
+def shared_session(model: str, **options):
+    return open_session(model, **options)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,8 @@ def test_a_profile_times_rounds_at_every_batch(measured):
     assert all(len(s.draft_s) == 4 * 3 for s in profile.rounds if s.role == "cell")
     one, three = profile.memory
     assert (one.batch, three.batch) == (1, 3)
-    ground = (one.known_bytes - profile.weights_bytes) // profile.target.kv_bytes_per_token("float32")
+    weights_bytes = profile.weights_bytes + drafter_weights_bytes(profile.target, "float32", SELF_SPARSE, "full")
+    ground = (one.known_bytes - weights_bytes) // profile.target.kv_bytes_per_token("float32")
     assert ground == 96 + rounds_room(2)
     assert three.known_bytes - one.known_bytes == full_cache_bytes(profile.target, "float32", capacity=ground, batch=3)
     assert all(sample.base_bytes + sample.peak_bytes >= sample.known_bytes for sample in profile.memory)

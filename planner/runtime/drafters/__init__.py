@@ -18,9 +18,7 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
             return NgramDrafter(model.spec.vocab_size, model.device)
         case "self_sparse":
             drafter = drafting_model(config.drafter, model)
-            shared = {id(parameter) for parameter in model.parameters()}
-            own_bytes = sum(parameter.nbytes for parameter in drafter.parameters() if id(parameter) not in shared)
-            return SelfSparseDrafter(drafter, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=own_bytes)
+            return SelfSparseDrafter(drafter, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(drafter))
 
 
 def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer:
