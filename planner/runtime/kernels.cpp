@@ -45,13 +45,16 @@ V fetch(const void* from) {
 Floats load(const float* from) { return fetch<Floats>(from); }
 Floats load(const BFloat16* from) { return (Floats)(__builtin_convertvector(fetch<Halves>(from), Words) << 16); }
 
-float widen(BFloat16 x) {
-    uint32_t word = uint32_t(x.bits) << 16;
-    return fetch<float>(&word);
+Words widen(Codes x) {
+#ifdef __AVX512F__  // GCC 12 widens bytes one by one
+    return (Words)_mm512_cvtepu8_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, Words);
+#endif
 }
 
 Floats to_floats(Bytes x) {
-#ifdef __AVX512F__  // GCC 12 widens bytes one by one
+#ifdef __AVX512F__
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
 #else
     return __builtin_convertvector(x, Floats);
@@ -83,7 +86,7 @@ Floats merged(Floats a, Floats b) {
     return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
-Floats sums(Floats v[LANES]) {
+inline __attribute__((always_inline)) Floats sums(Floats v[LANES]) {
     for (int i = 0; i < 8; i++) v[i] = merged<8>(v[i], v[i + 8]);
     for (int i = 0; i < 4; i++) v[i] = merged<4>(v[i], v[i + 4]);
     for (int i = 0; i < 2; i++) v[i] = merged<2>(v[i], v[i + 2]);
@@ -233,21 +236,22 @@ struct Int4 {
     float scale(int64_t) const { return 1.0f; }
     template <int M>
     void add(Floats* total, int64_t row, int64_t i, const float* x) const {
-        Codes both = fetch<Codes>(codes + (row * in + i) / 2);
-        const BFloat16* group = scale_min + (row * in + i) / 16;
-        float scale = widen(group[0]), min = widen(group[1]);
-        add_products<M>(total, to_floats(Bytes(both & 15)) * scale + min, to_floats(Bytes(both >> 4)) * scale + min, x + i, in);
+        Words word = Words{} + fetch<uint32_t>(scale_min + (row * in + i) / 16);
+        const Floats levels = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Floats table = levels * (Floats)(word << 16) + (Floats)(word & 0xFFFF0000);  // the group's 16 weights
+        Words both = widen(fetch<Codes>(codes + (row * in + i) / 2));
+        add_products<M>(total, __builtin_shuffle(table, both & 15), __builtin_shuffle(table, both >> 4), x + i, in);
     }
 };
 
 constexpr int64_t FEW_ROWS = 4;  // of x: below, tiles are no faster
-constexpr int64_t ROWS = 4, AHEAD = 4096;  // rows of weights in flight; bytes fetched ahead: the hardware stops at pages
+constexpr int64_t ROWS = 16, AHEAD = 4096;  // rows of weights that one thread takes; bytes fetched ahead: the hardware stops at pages
 
 template <int M, int R, class W, class T>
 void tile(const W& weights, const typename W::Input* x, T* y, int64_t row, int64_t out) {
     Floats total[R][M] = {};
     for (int64_t i = 0; i < weights.in; i += 2 * LANES)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int64_t r = 0; r < R; r++) {
             __builtin_prefetch((const char*)weights.at(row + r, i) + AHEAD);
             weights.template add<M>(total[r], row + r, i, x);
@@ -262,8 +266,10 @@ void tile(const W& weights, const typename W::Input* x, T* y, int64_t row, int64
 
 template <int M, class W, class T>
 void tiles(const W& weights, const typename W::Input* x, T* y, int64_t row, int64_t out) {
-    if (row + ROWS <= out) return tile<M, ROWS>(weights, x, y, row, out);
-    for (; row < out; row++) tile<M, 1>(weights, x, y, row, out);
+    constexpr int64_t R = M == 1 ? 8 : 4;  // totals fill the registers
+    int64_t end = std::min(row + ROWS, out);
+    for (; row + R <= end; row += R) tile<M, R>(weights, x, y, row, out);
+    for (; row < end; row++) tile<M, 1>(weights, x, y, row, out);
 }
 
 const float* inputs(const float* x, int64_t, const float*) { return x; }
