@@ -17,19 +17,21 @@ from planner.runtime.kv_cache import KVCache, additive_mask
 
 MAX_ROWS = 64  # B * n: wider passes compute for longer than their launches take (a guess, as nothing was measured)
 BUCKET = 256  # keys: a graph reads up to so many in vain, and a text needs a new one as often
-MAX_GRAPHS = 64  # a few widths in each of the buckets of 4096 tokens; a graph takes some MB
+MAX_GRAPHS = 64  # four widths in each of the buckets of 4096 tokens; what one takes of memory was not measured
 
 
 class GraphKernels(Kernels):
     """Narrow passes as CUDA graphs; wide ones, taps, and what is to be differentiated run eagerly.
 
-    A graph belongs to one model, cache, B, n and S. The first pass of such a shape runs op by op, which is its warm-up;
-    the second is captured, so that a shape met once (a short prompt) costs no capture; from then on it is replayed.
+    A graph belongs to one model, cache (which keeps its tensors for life), B, n and S. The first pass of such a shape
+    runs op by op, which is its warm-up; the second is captured, so that a shape met once (a short prompt) costs no
+    capture; from then on it is replayed.
 
-    At most MAX_GRAPHS shapes are held. Beyond, and where a captured cache is gone when a new shape arrives, all are
-    dropped: graphs captured on one stream share cuBLAS's workspace, and dropping one takes it from the others
-    (pytorch/pytorch#193402). Graphs do not keep models or caches alive. They share one pool of memory, in which nothing
-    has to survive from one replay to another: inputs lie outside it, and the result is copied out at once.
+    At most MAX_GRAPHS shapes are held (by these kernels; a session has one such object). Beyond, and where a captured
+    cache is gone when a new shape arrives, all are dropped: graphs captured on one stream share cuBLAS's workspace, and
+    dropping one takes it from the others (pytorch/pytorch#193402). Graphs do not keep models or caches alive. They
+    share one pool of memory, in which nothing has to survive from one replay to another: inputs lie outside it, and
+    the result is copied out at once.
     """
 
     execution = "cuda_graphs"
