@@ -23,6 +23,8 @@ from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import Draft
+from planner.runtime.graphs import GraphKernels
+from planner.runtime.kernels import Kernels
 from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV
 
 STANDIN = "standin:0"
@@ -153,9 +155,9 @@ class ReadsTwice(NoDrafter):
         float(target_cache.keys[0, 0, 0, 0, 0])
 
 
-def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sampler, drafter_class=None) -> dict:
+def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sampler, drafter_class=None, kernels: Kernels | None = None) -> dict:
     """Texts of a decoding run, and the host reads of each round, the first token's included."""
-    model = tiny_model(sharpness=1.5, device=device)
+    model = tiny_model(sharpness=1.5, device=device, kernels=kernels)
     prompts = [random_prompt(length, seed=length) for length in lengths]
     cache, logits = prefilled(model, prompts, cache_capacity(max(lengths), NEW_TOKENS, DRAFT_LEN))
     drafter = drafter_class(61, model.device) if drafter_class else make_drafter(config, model, batch=len(prompts))
@@ -216,6 +218,12 @@ def main() -> None:
             result[device] = {
                 "decode": {
                     f"{config}, {sampler}, prompts of {lengths}": rounds_of(device, lengths, CONFIGS[config], SAMPLERS[sampler])
+                    for config, sampler, lengths in RUNS
+                },
+                "static shapes": {
+                    f"{config}, {sampler}, prompts of {lengths}": rounds_of(
+                        device, lengths, CONFIGS[config], SAMPLERS[sampler], kernels=GraphKernels(capture=False)
+                    )
                     for config, sampler, lengths in RUNS
                 },
                 "replay": {

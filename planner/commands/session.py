@@ -23,7 +23,8 @@ def open_session(
     """Load a model (a folder, a GGUF file, or smollm2) onto a device. BadInput names what is wrong with it.
 
     execution  how its passes run: eager (PyTorch, op by op), native (compiled kernels, CPU) or cuda_graphs; without
-               it, native on a CPU where it can be built and eager elsewhere
+               it, native on a CPU where it can be built and eager elsewhere: on CUDA too, until somebody has
+               measured graphs there
     weights    full (in dtype), int8 or int4: a quantised target is then the target, and its output is the truth
     """
     try:
@@ -51,6 +52,7 @@ def open_session(
 
 def _kernels(execution: Execution | None, device, dtype) -> tuple["Kernels", list[str]]:  # noqa: F821  planner.runtime.kernels
     """The kernels asked for, or the fastest there are, and what kept better ones away."""
+    from planner.runtime.graphs import GraphKernels
     from planner.runtime.kernels import Kernels
     from planner.runtime.native import NativeKernels
 
@@ -58,8 +60,12 @@ def _kernels(execution: Execution | None, device, dtype) -> tuple["Kernels", lis
         raise BadInput(f"execution is one of {', '.join(get_args(Execution))}, got {execution!r}")
     if execution == "native" and device.type != "cpu":
         raise BadInput(f"execution native is for a CPU, the device is {device}; use eager or cuda_graphs")
+    if execution == "cuda_graphs" and device.type != "cuda":
+        raise BadInput(f"execution cuda_graphs is for a CUDA device, the device is {device}; use eager{' or native' * (device.type == 'cpu')}")
     if execution == "native":
         return NativeKernels(dtype), []
+    if execution == "cuda_graphs":
+        return GraphKernels(), []
     if execution is None and device.type == "cpu":
         try:
             return NativeKernels(dtype), []

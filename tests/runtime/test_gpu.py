@@ -7,6 +7,8 @@ from tiny import prefilled, random_prompt, tiny_model
 from planner.profiler.timer import PhaseTimer
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
+from planner.runtime.graphs import GraphKernels
+from planner.runtime.kernels import Kernels
 from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])
@@ -37,6 +39,41 @@ def test_greedy_output_is_plain_greedy_output_in_float32(device, config):
     for length in (15, 100):
         prompt = random_prompt(length, seed=length)
         assert greedy_text(model, prompt, config) == greedy_text(model, prompt, PLAIN)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("lengths", [[105], [130, 7, 119]], ids=str)
+@torch.inference_mode()
+def test_captured_passes_equal_eager_ones(device, lengths):
+    """Widths by turns, so that graphs which share memory run in any order, and across a bucket's end."""
+    passes = []
+    for kernels in (Kernels(), GraphKernels()):
+        model = tiny_model(device=device, kernels=kernels)
+        cache = model.new_cache(400, batch=len(lengths))
+        cache.lengths = list(lengths)
+        hidden = []
+        for step in range(60):
+            n = (1, 5, 1, 8)[step % 4]
+            tokens = torch.randint(61, (len(lengths), n), generator=torch.Generator().manual_seed(step)).to(device)
+            positions = torch.tensor(cache.lengths, device=device)[:, None] + torch.arange(n, device=device)
+            hidden.append(model(tokens, positions, cache).hidden)
+            cache.commit([n] * len(lengths))
+        passes.append((hidden, cache, kernels))
+    (expected, eager, _), (got, ours, kernels) = passes
+    assert kernels.num_graphs == 6  # three widths in two buckets
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.keys, eager.keys, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("config", [PLAIN, *DRAFTED], ids=str)
+def test_greedy_output_with_graphs_is_plain_greedy_output_in_float32(device, config):
+    """The second text has a cache of its own: the first one's graphs are dropped meanwhile."""
+    eager, ours = (tiny_model(sharpness=1.5, device=device, kernels=kernels) for kernels in (Kernels(), GraphKernels()))
+    for length in (15, 100):
+        prompt = random_prompt(length, seed=length)
+        assert greedy_text(ours, prompt, config) == greedy_text(eager, prompt, PLAIN)
+        assert ours.kernels.num_graphs > 0
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

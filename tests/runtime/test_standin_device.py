@@ -36,6 +36,16 @@ def test_greedy_output_on_the_device_is_plain_greedy_output(runs):
     assert len(texts) == 4 and texts == texts[:1] * 4
 
 
+def test_what_a_graph_would_hold_needs_nothing_of_the_host(runs):
+    """As many reads as an eager pass, no more uploads, and the same texts."""
+    assert len(runs[1]["static shapes"]) == 8
+    for name, run in runs[1]["static shapes"].items():
+        eager = runs[1]["decode"][name]
+        assert (run["texts"], run["reads"]) == (eager["texts"], eager["reads"]), name
+        assert run["uploads"] <= eager["uploads"], name
+        assert set(run["on_cpu"]) <= {"lift_fresh", "detach", "detach_"}, name
+
+
 def test_replay_on_the_device_judges_as_on_the_cpu(runs):
     cpu, standin = runs
     assert len(standin["replay"]) == 6
