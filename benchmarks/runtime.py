@@ -56,12 +56,9 @@ class Ours:
 
     @staticmethod
     def _draft_configs() -> dict[str, DraftConfig]:
-        """By weights: those narrower than the target's where the runtime has them, else the target's own."""
-        has_weights = "weights" in DrafterSpec.__struct_fields__
-        specs = (
-            {w: DrafterSpec(kind="self_sparse", weights=w) for w in ("int8", "int4")} if has_weights else {"full": DrafterSpec(kind="self_sparse")}
-        )
-        return {w: DraftConfig(drafter=spec, kv=SparseKV(budget=DRAFT_BUDGET), draft_len=DRAFT_LEN) for w, spec in specs.items()}
+        """By weights."""
+        specs = {weights: DrafterSpec(kind="self_sparse", weights=weights) for weights in ("int8", "int4")}
+        return {weights: DraftConfig(drafter=spec, kv=SparseKV(budget=DRAFT_BUDGET), draft_len=DRAFT_LEN) for weights, spec in specs.items()}
 
     def prefill(self, prompt: list[int]) -> None:
         self.prompt = prompt
@@ -75,7 +72,7 @@ class Ours:
 
         def step() -> None:
             positions = torch.arange(cache.lengths[0], cache.lengths[0] + n)[None]
-            self.model.logits(self.model(tokens, positions, cache, cache.causal_mask(n)).hidden)
+            self.model.logits(self.model(tokens, positions, cache).hidden)
 
         return median_s(step, count, warmup=WARMUP)
 

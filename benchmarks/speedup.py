@@ -132,7 +132,7 @@ def make_plans(profile_path: Path) -> dict[tuple[str, float], Plan]:
 def open_planned(profile_path: Path, plan: Plan) -> Session:
     """The model as the profile ran it."""
     profile = planner.load_profile(profile_path)
-    session = open_session(profile.model, dtype=profile.dtype)
+    session = open_session(profile.model, dtype=profile.dtype, execution=profile.execution_mode, weights=profile.weights)
     if session.model.fingerprint != plan.target_fingerprint:
         raise SystemExit(f"the profile is of model {plan.target_fingerprint}, this one is {session.model.fingerprint}; profile it again")
     if (here := describe_device(session.model.device).name) != plan.device:
