@@ -48,7 +48,10 @@ class Point(NamedTuple):
 class RoundFits:
     """The fit to all cells of a batch, and those that leave one cell out each, which is where intervals come from."""
 
-    def __init__(self, points: list[Point]):
+    def __init__(self, points: list[Point], longest: int):
+        """longest  the largest draft_len that will be asked for"""
+        self._drafted = np.arange(longest + 1)
+        self._known: dict[tuple, np.ndarray] = {}  # rounds of every length, by what else they depend on
         by_cell, by_width = (_without(points, field) for field in ("cell", "drafted"))
         scores = {form: [error for fit, left in by_width + by_cell for error in fit.errors(form, left)] for form in FORMS}
         enough = 1.05 * min(map(_rms, scores.values())) + 1e-3  # a richer form has to be better by more than chance
@@ -59,9 +62,11 @@ class RoundFits:
 
     def round_s(self, config: DraftConfig, context_len: int, position: float) -> np.ndarray:
         """[1 + J, draft_len + 1]: seconds of a round that drafts 0..draft_len tokens, by all cells first, then with a cell left out."""
-        drafted = np.arange(config.draft_len + 1)
-        read = config.kv.read(context_len)
-        return np.array([fit.round_s(self.form, config.drafter, drafted, read, position) for fit in self._fits])
+        asked = config.drafter, config.kv.read(context_len), position
+        if asked not in self._known:
+            drafter, read, _ = asked
+            self._known[asked] = np.array([fit.round_s(self.form, drafter, self._drafted, read, position) for fit in self._fits])
+        return self._known[asked][:, : config.draft_len + 1]
 
 
 class _Fit:
