@@ -48,7 +48,7 @@ class AcceptanceModel:
             for sample in samples:
                 by_budget[_budget(sample.kv)].append(sample)
             self._cells[key] = dict(sorted(by_budget.items()))
-        self._walks: dict[tuple, Rounds] = {}
+        self._walks: dict[tuple, dict[int, Rounds]] = {}
 
     @property
     def drafters(self) -> list[DrafterSpec]:
@@ -87,7 +87,8 @@ class AcceptanceModel:
         if not budgets:
             raise BadInput(f"the profile holds no acceptance of {describe(config)} at context {context_len}, {describe_sampler(workload.sampler)}")
         weights, notes = budget_weights(list(budgets), _budget(config.kv))
-        parts = [(weight, self._walk(budgets[budget], config.draft_len, workload)) for budget, weight in weights.items()]
+        walks = self._walk(budgets, config.draft_len, workload)
+        parts = [(weight, walks[budget]) for budget, weight in weights.items()]
         shared = sorted(set.intersection(*(set(rounds.texts) for _, rounds in parts)))
         if not shared:
             raise BadInput(f"the profile's budgets around {describe(config)} share no text; profile them together")
@@ -105,21 +106,25 @@ class AcceptanceModel:
             notes.append(f"acceptance beyond the first {longest} tokens of an output is assumed to stay the same")
         return Rounds(np.array(shared), by_drafted, chance), notes
 
-    def _walk(self, samples: list, draft_len: int, workload: Workload) -> Rounds:
-        key = (id(samples), draft_len, workload.output_len)
+    def _walk(self, budgets: dict[int, list], draft_len: int, workload: Workload) -> dict[int, Rounds]:
+        """The rounds of all budgets of one curve: they are walked together, which takes hardly longer than one of them."""
+        key = (id(budgets), draft_len, workload.output_len)
         if key not in self._walks:
-            by_length = defaultdict(list)  # texts of one length are walked together
-            for sample in samples:
-                accept_prob, drafted = _unpacked(sample, workload.output_len)
-                by_length[len(drafted)].append((sample.text, accept_prob, drafted))
-            pieces = []
+            by_length = defaultdict(list)  # texts of one length
+            for budget, samples in budgets.items():
+                for sample in samples:
+                    accept_prob, drafted = _unpacked(sample, workload.output_len)
+                    by_length[len(drafted)].append((budget, sample.text, accept_prob, drafted))
+            pieces = defaultdict(list)
             for tokens, rows in by_length.items():
-                texts, accept_prob, drafted = zip(*rows, strict=True)
+                owners, texts, accept_prob, drafted = zip(*rows, strict=True)
                 walk = expected_rounds(np.stack(accept_prob), np.stack(drafted), draft_len)
-                pieces.append(Rounds(np.array(texts), walk.by_drafted / tokens, walk.variance / tokens**2))
-            merged = Rounds(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
-            order = np.argsort(merged.texts)
-            self._walks[key] = Rounds(*(column[order] for column in merged))
+                for row, budget in enumerate(owners):
+                    pieces[budget].append((texts[row], walk.by_drafted[row] / tokens, walk.variance[row] / tokens**2))
+            self._walks[key] = {
+                budget: Rounds(*(np.array(column) for column in zip(*sorted(own, key=lambda piece: piece[0]), strict=True)))
+                for budget, own in pieces.items()
+            }
         return self._walks[key]
 
 

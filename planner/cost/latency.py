@@ -31,8 +31,9 @@ class LatencyModel:
         by_batch = {batch: [x for x in samples if x.batch == batch] for batch in sorted({x.batch for x in samples if x.draft_len == 0})}
         self._fits, self._longest = {}, {}  # by batch; a batch at which plain decoding failed has no baseline and is left out
         for batch, own in by_batch.items():
-            self._fits[batch] = RoundFits([point for cell, sample in enumerate(own) for point in points_of(cell, sample, pace)])
-            self._longest[batch] = {drafter: max(x.draft_len for x in own if x.drafter == drafter) for drafter in {x.drafter for x in own}}
+            longest = {drafter: max(x.draft_len for x in own if x.drafter == drafter) for drafter in {x.drafter for x in own}}
+            points = [point for cell, sample in enumerate(own) for point in points_of(cell, sample, pace)]
+            self._fits[batch], self._longest[batch] = RoundFits(points, max(longest.values())), longest
 
     def round_s(self, config: DraftConfig, context_len: int, position: float, batch: int = 1) -> np.ndarray:
         """Seconds of a round of `batch` streams that drafts 0..draft_len tokens with `position` tokens committed in each.

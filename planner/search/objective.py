@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from scipy import stats
+from scipy.special import ndtri, stdtrit  # not scipy.stats, which is slow to import
 
 from planner.cost.acceptance import AcceptanceModel, context_weights, fit_acceptance
 from planner.cost.latency import LatencyModel, fit_latency
@@ -178,7 +178,7 @@ def _jackknife(left_out: np.ndarray) -> float:
 def _quantile(num_texts: int) -> float:
     """Half-width of the interval in standard deviations; Student's t, texts being the scarcest sample."""
     tail = (1 + CONFIDENCE) / 2
-    return float(stats.t.ppf(tail, num_texts - 1)) if num_texts > 1 else float(stats.norm.ppf(tail))
+    return float(stdtrit(num_texts - 1, tail)) if num_texts > 1 else float(ndtri(tail))
 
 
 def _interval(value: float, half: float) -> Interval:

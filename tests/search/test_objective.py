@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from made import FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_s, made_profile
 
-from planner.cost import round_fit
 from planner.cost.renewal import expected_rounds
 from planner.errors import BadInput
 from planner.measurements import MemorySample, Packed
@@ -206,9 +205,8 @@ def test_repetitive_texts_are_marked():
     assert any("repeat themselves" in note for note in found.notes)
 
 
-def test_a_90_percent_interval_covers_the_truth_in_100_made_profiles(monkeypatch):
+def test_a_90_percent_interval_covers_the_truth_in_100_made_profiles():
     """Eight texts whose acceptance scatters, rounds timed with 3 % noise: the truth is the mean over all texts there could be."""
-    monkeypatch.setattr(round_fit, "FORMS", ("bilinear",))  # the law that makes the rounds; choosing among three takes seconds
     config, grid = sparse(2), np.arange(100, 240)  # accept probabilities in 255ths, equally likely
 
     drafted = np.full((len(grid), OUTPUT - 1), 2)
