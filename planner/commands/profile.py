@@ -161,19 +161,21 @@ def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
     """Where rounds are timed: plain; the smallest budget at several widths, the largest at fewer; n-gram at the widest.
 
     Policies of one budget run the same kernels on caches of the same size, so one selection stands for all. Verifying is
-    the same for every drafter, so those after the first are timed at fewer widths. A batch above 1 does without K = 2:
+    the same for every drafter, so those after the first are timed at three places. A batch above 1 does without K = 2:
     its cells take longer, and there may be many batches.
     """
     K = settings.max_draft_len
-    few, many = sorted({1, (K + 1) // 2, K}), sorted({1, (K + 1) // 2, K} | ({min(2, K)} if batch == 1 else set()))
+    middle = (K + 1) // 2
     by_budget = sorted(settings.policies, key=lambda kv: kv.budget)
     cells = [PLAIN, DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=K)]
     for number, drafter in enumerate(settings.drafters if by_budget else []):
-        at_smallest, at_largest = (many, few) if number == 0 else (few, [K])
-        cells += [DraftConfig(drafter=drafter, kv=by_budget[0], draft_len=k) for k in at_smallest]
-        if by_budget[-1].budget > by_budget[0].budget:
-            cells += [DraftConfig(drafter=drafter, kv=by_budget[-1], draft_len=k) for k in at_largest]
-    return cells
+        smallest, largest = by_budget[0], by_budget[-1]
+        at_smallest = sorted({1, middle, K} | ({min(2, K)} if batch == 1 else set())) if number == 0 else sorted({1, middle})
+        at_largest = sorted({1, middle, K}) if number == 0 else [K]
+        cells += [DraftConfig(drafter=drafter, kv=smallest, draft_len=k) for k in at_smallest]
+        if number or largest.budget > smallest.budget:
+            cells += [DraftConfig(drafter=drafter, kv=largest, draft_len=k) for k in at_largest]
+    return list(dict.fromkeys(cells))
 
 
 class _Run(msgspec.Struct, kw_only=True):
