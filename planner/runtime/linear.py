@@ -23,6 +23,10 @@ class Matrix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.linear(x, self)
 
+    def _apply(self, *arguments):  # what .to() and its like call
+        self.kernels.forget()
+        return super()._apply(*arguments)
+
     def multiply(self, x: Tensor) -> Tensor:
         """The product in PyTorch."""
         return F.linear(x, self.restored(x.dtype))

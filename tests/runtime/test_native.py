@@ -354,6 +354,43 @@ def test_gradients_flow_through_pytorch(kernels):
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("weights", ["full", "int8", "int4"])
+def test_a_model_that_was_converted_is_read_where_its_weights_are_now(kernels, weights):
+    """Of the memory that the weights left, the library must remember nothing; converted scales are none that it can read."""
+    dtype, other = dtype_of(kernels), BF16 if dtype_of(kernels) == F32 else F32
+    model, reference = (tiny_model(seed=3, kernels=k, **NATIVE).to(dtype).cheaper(weights) for k in (kernels, None))
+    for kind in (dtype, other, dtype):
+        result, expected = pass_over(model.to(kind), [20], 2)[0].hidden, pass_over(reference.to(kind), [20], 2)[0].hidden
+        assert (result - expected).norm() < (1e-4 if kind == F32 else 0.06) * expected.norm()
+
+
+def test_a_matrix_of_another_dtype_than_its_input_is_left_to_pytorch(kernels):
+    other = BF16 if dtype_of(kernels) == F32 else F32
+    matrix = Linear(randn(48, 64, dtype=other), kernels)
+    x = randn(3, 64, dtype=dtype_of(kernels))
+    assert torch.equal(matrix(x), matrix.multiply(x))
+
+
+def test_positions_may_be_laid_out_in_any_way(pair):
+    model = pair[0]
+    tokens, positions = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[0, 0], [1, 1], [2, 2]]).T
+    results = []
+    with torch.inference_mode():
+        for laid_out in (positions.contiguous(), positions, torch.arange(3)[None], torch.arange(3).expand(2, 3)):
+            results.append(model(tokens, laid_out, model.new_cache(3, batch=2)).hidden)
+    for result in results[1:]:
+        close_to(pair, result, results[0].float())
+
+
+def test_a_cache_of_another_batch_or_dtype_is_refused_as_pytorch_does(pair):
+    model = pair[0]
+    tokens, positions = torch.ones(2, 3, dtype=torch.long), torch.arange(3).expand(2, 3)
+    other = KVCache(model.spec, batch=2, capacity=3, dtype=torch.float64, device=CPU)
+    for cache in (model.new_cache(3), model.new_cache(3, batch=3), other):
+        with torch.inference_mode(), pytest.raises((RuntimeError, IndexError)):
+            model(tokens, positions, cache)
+
+
 def test_two_threads_of_python_do_not_disturb_each_other(pair):
     """The library keeps its scratch memory per thread; ctypes lets go of the interpreter while it computes."""
     expected = {n: pass_over(pair[0], [30 + n], n)[0].hidden for n in (3, 11)}
