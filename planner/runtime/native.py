@@ -168,12 +168,17 @@ def _layer(layer: "Layer") -> _Layer:
 @cache
 def load_library() -> ctypes.CDLL:
     """The compiled kernels, built now if this machine has not built them before. BadInput says why it cannot be done."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    asked = os.environ.get("CXX")
+    compiler = shutil.which(asked) if asked else shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise BadInput("native kernels need a C++ compiler (g++ 12 or clang++ 15), none was found; install one, or use --execution eager")
+        found = f"CXX={asked} is none" if asked else "none was found; install one"
+        raise BadInput(f"native kernels need a C++ compiler (g++ 12 or clang++ 15), {found}, or use --execution eager")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specplan"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specplan"
+    except RuntimeError as error:
+        raise BadInput(f"native kernels need a place to be kept ({error}); set XDG_CACHE_HOME to a folder that can be written") from None
     path = folder / f"kernels-{key}.so"
     try:
         if not path.exists():

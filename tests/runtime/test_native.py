@@ -491,6 +491,24 @@ def test_without_a_compiler_the_remedy_is_named(tmp_path, monkeypatch):
         load_library()
 
 
+def test_a_compiler_that_was_asked_for_and_is_not_there_is_not_replaced_in_silence(compiler, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BadInput, match="CXX=no-such-compiler is none, or use --execution eager"):
+        load_library()
+
+
+def test_without_a_home_the_remedy_is_named(compiler, monkeypatch):
+    """As in a container whose user has no entry: Path.home() knows nothing then."""
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", unknown)
+    with pytest.raises(BadInput, match="set XDG_CACHE_HOME to a folder"):
+        load_library()
+
+
 def test_a_folder_that_cannot_be_written_is_named(compiler, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
