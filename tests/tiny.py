@@ -1,9 +1,12 @@
 """Small random models for tests: real architecture, seeded weights, milliseconds per pass."""
 
+import pytest
 import torch
 
+from planner.errors import BadInput
 from planner.runtime.kernels import Kernels
 from planner.runtime.model import Transformer, build_model, prefill
+from planner.runtime.native import NativeKernels
 from planner.runtime.weights import Checkpoint
 from planner.specs import ModelSpec
 
@@ -16,8 +19,15 @@ def tiny_spec(**changes) -> ModelSpec:
     return ModelSpec(**(shape | changes))
 
 
+NATIVE = {"head_dim": 64, "hidden_size": 64, "intermediate_size": 96}  # a shape that the native kernels take
+
+
 def tiny_model(seed: int = 0, device: str = "cpu", sharpness: float = 1.0, kernels: Kernels | None = None, **changes) -> Transformer:
     """Random Llama; a larger `sharpness` makes its distributions more peaked."""
+    return build_model(tiny_checkpoint(seed, device, sharpness, **changes), kernels)
+
+
+def tiny_checkpoint(seed: int = 0, device: str = "cpu", sharpness: float = 1.0, **changes) -> Checkpoint:
     spec = tiny_spec(**changes)
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,7 +48,15 @@ def tiny_model(seed: int = 0, device: str = "cpu", sharpness: float = 1.0, kerne
             "input_layernorm": torch.ones(spec.hidden_size, device=device), "post_attention_layernorm": torch.ones(spec.hidden_size, device=device),
         }  # fmt: skip
         tensors |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
-    return build_model(Checkpoint(spec=spec, tensors=tensors, fingerprint="0" * 16), kernels)
+    return Checkpoint(spec=spec, tensors=tensors, fingerprint="0" * 16)
+
+
+def native_kernels(dtype: torch.dtype) -> NativeKernels:
+    """The compiled kernels; without a compiler the test is skipped."""
+    try:
+        return NativeKernels(dtype)
+    except BadInput as error:
+        pytest.skip(str(error))
 
 
 def random_prompt(length: int, seed: int = 0, vocab_size: int = 61) -> list[int]:

@@ -1,7 +1,8 @@
 // The steps of a transformer layer for a few rows at a time, as close to the memory's speed as a CPU gets.
 //
 // C++17 with vector extensions (GCC 12, Clang 15), built on the machine it runs on. A row of a result depends on its own
-// inputs alone, never on how many rows share the pass. Sums are float32.
+// inputs alone. Sums are float32, and their order, so the last bits, depends on what shares the pass: few rows of a
+// bfloat16 product go another way than many, and attention is split by the longest stream and the number of streams.
 //
 // m  rows = streams x new tokens     B  streams     n  new tokens     H  heads     G  KV heads     D  head_dim
 
@@ -168,6 +169,9 @@ std::vector<float>& scratch(size_t slot, size_t count) {
 // float32, B [32, 16] with rows 2j and 2j + 1 side by side in the words of row j.
 const bool matrix_units = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 
+// GCC 12 does not tell its optimiser that a tile load reads memory: what was stored must be in place first.
+inline void settle() { asm volatile("" ::: "memory"); }
+
 struct Tiles {  // configured for a scope, on the thread that runs it
     Tiles() {
         struct alignas(64) {
@@ -175,6 +179,7 @@ struct Tiles {  // configured for a scope, on the thread that runs it
             uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } config;
+        asm volatile("" ::"r"(&config) : "memory");  // as settle(): the intrinsic claims to read 8 of the 64 bytes
         _tile_loadconfig(&config);
     }
     ~Tiles() { _tile_release(); }
@@ -521,6 +526,7 @@ void attend_part_tiled(
                 Words odd = __builtin_convertvector(fetch<Halves>(value + (2 * j + 1) * D + v * LANES), Words);
                 store(value_pairs + v * TILE + j * LANES, (Floats)(even | odd << 16));
             }
+        settle();
         for (int64_t t = 0; t < row_tiles; t++) {
             _tile_zero(0);
             _tile_zero(1);
@@ -563,6 +569,7 @@ void attend_part_tiled(
             for (int64_t r = 0; r < LANES; r++)
                 if (shrink[r] != 1.0f)
                     for (int64_t v = 0; v < V; v++) store(result + r * D + v * LANES, load(result + r * D + v * LANES) * shrink[r]);
+            settle();
             _tile_loadd(2, weights, 64);
             for (int64_t v = 0; v < V; v++) {
                 _tile_loadd(0, result + v * LANES, D * 4);

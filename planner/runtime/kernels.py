@@ -25,6 +25,9 @@ class Kernels:
 
     execution = "eager"
 
+    def forget(self) -> None:
+        """Drop what is known of where weights lie: they have been moved or converted."""
+
     def linear(self, x: Tensor, matrix: "Matrix") -> Tensor:  # noqa: F821  planner.runtime.linear
         """[..., in] -> [..., out]."""
         return matrix.multiply(x)

@@ -23,6 +23,10 @@ class Matrix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.linear(x, self)
 
+    def _apply(self, *arguments):  # what .to() and its like call
+        self.kernels.forget()
+        return super()._apply(*arguments)
+
     def multiply(self, x: Tensor) -> Tensor:
         """The product in PyTorch."""
         return F.linear(x, self.restored(x.dtype))
@@ -49,7 +53,7 @@ class Int8Linear(Matrix):
 
     def multiply(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]:
-            y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), self.weights, self.scales.to(x.dtype))
+            y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), self.weights, self.scales.to(x.dtype))
             return y.view(*x.shape[:-1], -1)
         return super().multiply(x)
 

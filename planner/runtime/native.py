@@ -89,16 +89,16 @@ class NativeKernels(Kernels):
     def linear(self, x: Tensor, matrix: Matrix) -> Tensor:
         out, width = matrix.shape
         rows = x.numel() // width
-        if rows > _most_rows(matrix) or width % 32 or not self._takes(x):
-            return super().linear(x, matrix)
         if matrix not in self._tables:
-            self._tables[matrix] = _Matrix.of(matrix)
+            self._tables[matrix] = _Matrix.of(matrix) if self._fits(matrix) else None
+        if self._tables[matrix] is None or rows > _most_rows(matrix) or not self._takes(x):
+            return super().linear(x, matrix)
         y = x.new_empty(*x.shape[:-1], out)
         self._functions["linear"](ctypes.byref(self._tables[matrix]), x.data_ptr(), y.data_ptr(), rows)
         return y
 
     def attend(self, qkv: Tensor, rotation: Rotation, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
-        if mask is not None or not self._takes(qkv) or not self._takes_cache(cache):
+        if mask is not None or not self._takes(qkv, rotation) or not self._takes_cache(cache, len(qkv)):
             return super().attend(qkv, rotation, cache, layer, mask)
         B, n, width = qkv.shape
         G, D = cache.keys.shape[2], cache.keys.shape[4]
@@ -116,10 +116,12 @@ class NativeKernels(Kernels):
     ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         B, n, _ = x.shape
         narrow = B * n <= min(_most_rows(layer.qkv) for layer in layers[:1])
-        if mask is not None or taps or not narrow or not self._takes(x) or not self._takes_cache(cache) or not _regular(layers):
-            return super().run(layers, norm, eps, x, rotation, cache, mask, taps)
         if layers not in self._tables:
-            self._tables[layers] = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
+            fits = all(self._fits(matrix) and matrix.shape[0] % 32 == 0 for layer in layers for matrix in _matrices(layer))
+            self._tables[layers] = (_Layer * len(layers))(*(_layer(layer) for layer in layers)) if fits else None
+        takes = self._tables[layers] is not None and self._takes(x, rotation) and self._takes_cache(cache, B)
+        if mask is not None or taps or not narrow or not takes:
+            return super().run(layers, norm, eps, x, rotation, cache, mask, taps)
         G, D = cache.keys.shape[2], cache.keys.shape[4]
         H = layers[0].attention_out.shape[1] // D
         cache.check_room(n)
@@ -130,39 +132,53 @@ class NativeKernels(Kernels):
         )  # fmt: skip
         return hidden, {}
 
-    def _takes(self, x: Tensor) -> bool:
-        """Whether this tensor is what the library was written for; what is to be differentiated is not."""
-        return x.dtype == self._dtype and x.is_contiguous() and not x.requires_grad
+    def forget(self) -> None:
+        self._tables.clear()
 
-    def _takes_cache(self, cache: KVCache) -> bool:
-        capacity, D = cache.keys.shape[3:]
-        return D in (64, 128) and cache.keys.stride() == cache.values.stride() and cache.keys.stride()[2:] == (capacity * D, D, 1)
+    def _takes(self, x: Tensor, rotation: Rotation | None = None) -> bool:
+        """Whether these tensors are what the library was written for; what is to be differentiated is not."""
+        fits = x.dtype == self._dtype and x.is_contiguous() and not x.requires_grad
+        return fits and (rotation is None or all(part.is_contiguous() and part.shape[:2] == x.shape[:2] for part in rotation))
+
+    def _takes_cache(self, cache: KVCache, B: int) -> bool:
+        keys, values = cache.keys, cache.values
+        capacity, D = keys.shape[3:]
+        fits = keys.dtype == values.dtype == self._dtype and keys.shape[1] == len(cache.lengths) == B
+        return fits and D in (64, 128) and keys.stride() == values.stride() and keys.stride()[2:] == (capacity * D, D, 1)
+
+    def _fits(self, matrix: Matrix) -> bool:
+        """Whether its weights lie as the library reads them."""
+        dtypes = matrix.weights.dtype, None if matrix.scales is None else matrix.scales.dtype
+        known = (self._dtype, None), (torch.int8, torch.float32), (torch.uint8, torch.bfloat16)
+        return dtypes in known and matrix.shape[1] % 32 == 0
 
 
 def _most_rows(matrix: Matrix) -> int:
     return MAX_QUANTIZED_ROWS if matrix.bits < 16 else MAX_ROWS
 
 
-def _regular(layers: Sequence["Layer"]) -> bool:
-    """Whether every width is a multiple of 32, as the library reads them."""
-    first = layers[0]
-    return all(width % 32 == 0 for matrix in (first.qkv, first.attention_out, first.gate_up, first.mlp_out) for width in matrix.shape)
+def _matrices(layer: "Layer") -> tuple[Matrix, ...]:
+    return layer.qkv, layer.attention_out, layer.gate_up, layer.mlp_out
 
 
 def _layer(layer: "Layer") -> _Layer:
-    matrices = (_Matrix.of(matrix) for matrix in (layer.qkv, layer.attention_out, layer.gate_up, layer.mlp_out))
-    return _Layer(layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr(), *matrices)
+    return _Layer(layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr(), *(_Matrix.of(matrix) for matrix in _matrices(layer)))
 
 
 @cache
 def load_library() -> ctypes.CDLL:
     """The compiled kernels, built now if this machine has not built them before. BadInput says why it cannot be done."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    asked = os.environ.get("CXX")
+    compiler = shutil.which(asked) if asked else shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise BadInput("native kernels need a C++ compiler (g++ 12 or clang++ 15), none was found; install one, or use --execution eager")
+        found = f"CXX={asked} is none" if asked else "none was found; install one"
+        raise BadInput(f"native kernels need a C++ compiler (g++ 12 or clang++ 15), {found}, or use --execution eager")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specplan"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specplan"
+    except RuntimeError as error:
+        raise BadInput(f"native kernels need a place to be kept ({error}); set XDG_CACHE_HOME to a folder that can be written") from None
     path = folder / f"kernels-{key}.so"
     try:
         if not path.exists():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tiny import prefilled, random_prompt, tiny_model
+from tiny import NATIVE, native_kernels, prefilled, random_prompt, tiny_model
 
 from planner.runtime import decode as decode_module
 from planner.runtime.decode import cache_capacity, decode
@@ -194,3 +194,75 @@ def test_a_wrong_accept_rule_is_caught_when_greedy(model, monkeypatch):
 
     monkeypatch.setattr(decode_module, "verify_chain", keep_all)
     assert run(model, [prompt], CONFIGS[3])[0] != [plain]
+
+
+# ---- native kernels, quantised drafters, reduced vocabularies
+
+
+def cheaper_drafts(weights, vocab=None, draft_len=4, budget=20):
+    return DraftConfig(
+        drafter=DrafterSpec(kind="self_sparse", weights=weights, vocab=vocab), kv=SparseKV(budget=budget, recent=8), draft_len=draft_len
+    )
+
+
+QUANTIZED = [cheaper_drafts(weights, vocab) for weights in ("full", "int8", "int4") for vocab in (None, 30)]
+
+
+@pytest.fixture(scope="module")
+def native_model():
+    return tiny_model(sharpness=1.5, kernels=native_kernels(torch.float32), **NATIVE)
+
+
+@pytest.mark.parametrize("weights", ["full", "int8", "int4"])
+def test_greedy_output_of_native_kernels_is_that_of_pytorch(native_model, weights):
+    prompt = random_prompt(60)
+    expected, _ = run(tiny_model(sharpness=1.5, **NATIVE).cheaper(weights), [prompt])
+    assert run(native_model.cheaper(weights), [prompt])[0] == expected
+
+
+@pytest.mark.parametrize("config", [PLAIN, CONFIGS[2], CONFIGS[3], *QUANTIZED], ids=str)
+def test_greedy_output_of_native_kernels_is_plain_greedy_output_for_batches_of_1_to_8(native_model, config):
+    prompts = [random_prompt(length, seed=length) for length in (3, 61, 15, 100, 33, 90, 7, 48)]
+    plain = [run(native_model, [prompt])[0][0] for prompt in prompts]
+    for batch in (1, 2, 3, 5, 8):
+        together, rounds = run(native_model, prompts[:batch], config)
+        assert together == plain[:batch]
+    accepted = sum(sum(r.accepted) for r in rounds)
+    assert config == PLAIN or 0 < accepted <= sum(sum(r.drafted) for r in rounds)
+
+
+@pytest.mark.parametrize("target", ["int8", "int4"])
+def test_a_quantised_target_has_a_greedy_output_of_its_own_and_drafts_keep_it(native_model, target):
+    prompts = [random_prompt(length, seed=length) for length in (61, 15, 90)]
+    model = native_model.cheaper(target)
+    plain, _ = run(model, prompts)
+    assert plain != run(native_model, prompts)[0]
+    for config in (CONFIGS[2], *QUANTIZED):
+        assert run(model, prompts, config)[0] == plain
+
+
+def test_a_drafter_of_few_tokens_drafts_no_others(model):
+    prompt = random_prompt(60)
+    drafter = make_drafter(cheaper_drafts("full", vocab=30), model)
+    cache, _ = prefilled(model, [prompt], 80)
+    drafter.start(cache, [prompt])
+    with torch.inference_mode():
+        draft = drafter.propose([[*prompt, 5]], [4], Sampler(temperature=1.0), [torch.Generator().manual_seed(0)])
+    assert draft.tokens.max() < 30
+    assert (draft.probs[..., 30:] == 0).all()
+    torch.testing.assert_close(draft.probs.sum(-1), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_sampled_output_follows_the_target_with_a_cheaper_drafter_of_few_tokens(weights):
+    """The target often writes tokens that this drafter cannot propose."""
+    soft_model = tiny_model(seed=5, sharpness=0.9, intermediate_size=64)
+    expected = exact_pairs(soft_model, SAMPLED[0])
+    assert expected[30:].sum() > 0.2
+    assert p_value(joint_frequencies(soft_model, cheaper_drafts(weights, vocab=30, draft_len=3), SAMPLED[0]), expected) > 1e-3
+
+
+def test_sampled_output_of_native_kernels_follows_the_target():
+    soft_model = tiny_model(seed=5, sharpness=0.9, kernels=native_kernels(torch.float32), **NATIVE)
+    counts = joint_frequencies(soft_model, cheaper_drafts("int4", vocab=30, draft_len=3), SAMPLED[0])
+    assert p_value(counts, exact_pairs(soft_model, SAMPLED[0])) > 1e-3

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tiny import prefilled, random_prompt, tiny_model
+from tiny import NATIVE, native_kernels, prefilled, random_prompt, tiny_model
 
 from planner.cost.renewal import expected_rounds
 from planner.profiler.acceptance import replay as stored_replay
@@ -118,6 +118,20 @@ def test_replay_is_what_the_drafter_proposes_behind_every_token(model, config, l
     assert replayed.accept_prob.shape == (T - 1, K)
     np.testing.assert_allclose(replayed.accept_prob, accept_prob, atol=2e-4)
     assert replayed.drafted.tolist() == drafted.tolist()
+
+
+@pytest.mark.parametrize("kernels", ["eager", "native"])
+@pytest.mark.parametrize(
+    "drafter", [{"weights": "int8"}, {"weights": "int4"}, {"weights": "full", "vocab": 30}, {"weights": "int8", "vocab": 30}], ids=str
+)
+def test_replay_of_a_cheaper_drafter_is_what_it_proposes(drafter, kernels, monkeypatch):
+    model = tiny_model(seed=5, sharpness=1.1, kernels=native_kernels(torch.float32) if kernels == "native" else None, **NATIVE)
+    (text,) = written(model, random_prompt(75, seed=2), WARM, seed=1)
+    config = DraftConfig(drafter=DrafterSpec(kind="self_sparse", **drafter), kv=POLICIES[1], draft_len=K)
+    accept_prob, _, _ = judged_by_the_drafter(model, config, text, Forced(monkeypatch))
+    replayed = make_drafter(config, model).replay(text, K).accept_prob
+    np.testing.assert_allclose(replayed, accept_prob, atol=1e-3)
+    assert np.abs(replayed - make_drafter(sparse(POLICIES[1]), model).replay(text, K).accept_prob).max() > 0.02  # unlike the target's own weights
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3], CONFIGS[4]], ids=str)
