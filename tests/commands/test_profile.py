@@ -109,13 +109,13 @@ def test_a_profile_is_complete_and_survives_the_disk(measured):
 
 
 def test_a_profile_times_rounds_at_every_batch(measured):
-    from planner.profiler.latency import rounds_room
+    from planner.profiler.latency import PASSES, ROUNDS_PER_PASS, rounds_room
 
     profile, _, listener = measured
     assert listener.stages["rounds, pass 1 of 4"] == 2  # a step for each batch
     cells = {(s.batch, s.drafter, s.kv, s.draft_len) for s in profile.rounds}
     assert cells == {(batch, cell.drafter, cell.kv, cell.draft_len) for batch in (1, 3) for cell in latency_cells(SETTINGS, batch)}
-    assert all(len(s.draft_s) == 4 * 3 for s in profile.rounds if s.role == "cell")
+    assert all(len(s.draft_s) == PASSES * ROUNDS_PER_PASS for s in profile.rounds if s.role == "cell")
     one, three = profile.memory
     assert (one.batch, three.batch) == (1, 3)
     weights_bytes = profile.weights_bytes + drafter_weights_bytes(profile.target, "float32", SELF_SPARSE, "full")
