@@ -58,6 +58,8 @@ def _kernels(execution: Execution | None, device, dtype) -> tuple["Kernels", lis
         raise BadInput(f"execution is one of {', '.join(get_args(Execution))}, got {execution!r}")
     if execution == "native" and device.type != "cpu":
         raise BadInput(f"execution native is for a CPU, the device is {device}; use eager or cuda_graphs")
+    if execution == "cuda_graphs" and device.type != "cuda":
+        raise BadInput(f"execution cuda_graphs is for a CUDA device, the device is {device}; use native or eager")
     if execution == "native":
         return NativeKernels(dtype), []
     if execution is None and device.type == "cpu":
