@@ -338,3 +338,40 @@ def test_configurations_and_policies_in_a_few_words():
 def test_samplers_in_a_few_words(sampler, words):
     assert describe_sampler(sampler) == words
     assert sampler.greedy == (words == "greedy")
+
+
+# ------------------------------------------------------------------ quantised and reduced drafters
+
+
+@pytest.mark.parametrize("weights", ["full", "int8", "int4"])
+@pytest.mark.parametrize("vocab", [None, 1, 4096])
+def test_a_self_sparse_drafter_may_be_quantised_and_know_fewer_tokens(weights, vocab):
+    drafter = DrafterSpec(kind="self_sparse", weights=weights, vocab=vocab)
+    assert read(drafter, DrafterSpec) == drafter
+
+
+@pytest.mark.parametrize("kind", ["none", "ngram"])
+@pytest.mark.parametrize("change", [{"weights": "int8"}, {"weights": "int4"}, {"vocab": 100}, {"weights": "int8", "vocab": 100}], ids=str)
+def test_drafters_without_weights_have_none_to_quantise(kind, change):
+    with pytest.raises(ValueError, match=f"self_sparse and with no other, got drafter {kind}"):
+        DrafterSpec(kind=kind, **change)
+    with pytest.raises(msgspec.ValidationError, match=f"got drafter {kind}"):
+        read({"kind": kind, **change}, DrafterSpec)
+
+
+@pytest.mark.parametrize("change", [{"weights": "int2"}, {"weights": None}, {"vocab": 0}, {"vocab": -5}, {"vocab": 1.5}, {"bits": 4}], ids=str)
+def test_drafters_out_of_range_are_refused_on_reading(change):
+    with pytest.raises(msgspec.ValidationError):
+        read({"kind": "self_sparse", **change}, DrafterSpec)
+
+
+def test_drafters_written_before_there_were_bits_mean_full_weights_and_all_tokens():
+    assert read({"kind": "self_sparse"}, DrafterSpec) == DrafterSpec(kind="self_sparse", weights="full", vocab=None)
+
+
+def test_descriptions_tell_drafters_apart():
+    drafters = [DrafterSpec(kind="self_sparse", weights=weights, vocab=vocab) for weights in ("full", "int8", "int4") for vocab in (None, 64, 128)]
+    described = [describe(DraftConfig(drafter=drafter, kv=SparseKV(budget=64), draft_len=2)) for drafter in drafters]
+    assert len(set(described)) == len(drafters)
+    assert described[0] == "self_sparse window 64 K=2"
+    assert described[-1] == "self_sparse int4 vocab 128 window 64 K=2"

@@ -1,6 +1,6 @@
 // The steps of a transformer layer for a few rows at a time, as close to the memory's speed as a CPU gets.
 //
-// C++17 with vector extensions (GCC 12, Clang 15), built on the machine it runs on. A row of a result depends on its own
+// C++17 with the vector extensions of GCC 12, built on the machine it runs on. A row of a result depends on its own
 // inputs alone. Sums are float32, and their order, so the last bits, depends on what shares the pass: few rows of a
 // bfloat16 product go another way than many, and attention is split by the longest stream and the number of streams.
 //

@@ -169,10 +169,10 @@ def _layer(layer: "Layer") -> _Layer:
 def load_library() -> ctypes.CDLL:
     """The compiled kernels, built now if this machine has not built them before. BadInput says why it cannot be done."""
     asked = os.environ.get("CXX")
-    compiler = shutil.which(asked) if asked else shutil.which("g++") or shutil.which("clang++")
+    compiler = shutil.which(asked or "g++")
     if compiler is None:
-        found = f"CXX={asked} is none" if asked else "none was found; install one"
-        raise BadInput(f"native kernels need a C++ compiler (g++ 12 or clang++ 15), {found}, or use --execution eager")
+        found = f"CXX={asked} is not there" if asked else "none was found; install one"
+        raise BadInput(f"native kernels need g++ 12 or newer, {found}, or use --execution eager")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, version, _processor()]).encode()).hexdigest()[:16]
     try:

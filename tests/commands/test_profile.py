@@ -227,6 +227,8 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(dataset, tmp_path, loaded
 
 
 def test_an_interrupted_profile_goes_on_where_it_stopped(dataset, tmp_path, monkeypatch):
+    from planner.profiler.latency import PASSES, ROUNDS_PER_PASS
+
     monkeypatch.setattr("planner.commands.profile.open_session", shared_session)
     out = tmp_path / "profile.json"
     settings = SETTINGS._replace(policies=POLICIES[:1], max_draft_len=1, output_len=16, batches=[2])
@@ -244,7 +246,7 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(dataset, tmp_path, monk
     greedy = next(msgspec.json.decode(line) for line in before if b'"texts"' in line[:20] or b'"type":"texts"' in line)
     assert [text.offset for text in found.texts if text.sampler.greedy] == [text["offset"] for text in greedy["texts"]]
     assert len(found.texts) == 4 * 2
-    assert all(len(sample.draft_s) == 4 * 3 for sample in found.rounds if sample.role == "cell")
+    assert all(len(sample.draft_s) == PASSES * ROUNDS_PER_PASS for sample in found.rounds if sample.role == "cell")
     assert {sample.batch for sample in found.rounds} == {2} and max(sample.draft_len for sample in found.rounds) == 1
     with pytest.raises(BadInput, match="another run"):
         planner.profile(MODEL, dataset, resume=True, **(options | {"settings": settings._replace(batches=[1])}))

@@ -3,8 +3,11 @@
 m  rows = streams x new tokens     B  streams     n  new tokens     H  heads     G  KV heads     D  head_dim
 """
 
+import ctypes
+import mmap
 import os
 import stat
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -219,6 +222,40 @@ def test_a_pass_beyond_the_capacity_is_refused_and_changes_nothing(kernels):
     with pytest.raises(ValueError, match="holds 15 tokens, 16 are needed"):
         kernels.attend(qkv, rotation_of([10, 14], 2, 64), cache, 0, None)
     assert torch.equal(cache.keys, before)
+
+
+def at_the_edge(tensor, before=False):
+    """A copy whose last (or first) byte lies beside a page that may be neither read nor written: a step too far is a crash."""
+    page = mmap.PAGESIZE
+    room = -(-tensor.nbytes // page) * page
+    memory = mmap.mmap(-1, room + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for forbidden in (start, start + page + room):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(page), 0) == 0
+    offset = page if before else page + room - tensor.nbytes
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux to protect pages")
+@pytest.mark.parametrize("before", [False, True], ids=["end", "beginning"])
+@pytest.mark.parametrize("D", [64, 128])
+def test_no_byte_outside_of_a_tensor_is_touched(kernels, D, before):
+    dtype, H, G = dtype_of(kernels), 6, 2
+    for length, n in ((0, 1), (1, 2), (30, 3), (33, 64), (63, 1), (95, 1), (100, 17)):  # capacity reached exactly, blocks of 32 and 64 cut anywhere
+        cache = filled_cache([length, length // 2], G, D, length + n, dtype)
+        cache.keys, cache.values = at_the_edge(cache.keys[:1], before), at_the_edge(cache.values[:1], before)
+        rotation = Rotation(*(at_the_edge(part, before) for part in rotation_of(cache.lengths, n, D)))
+        qkv = at_the_edge(randn(2, n, (H + 2 * G) * D, dtype=dtype), before)
+        assert kernels.attend(qkv, rotation, cache, 0, None).isfinite().all()
+    for weights in ("full", "int8", "int4"):
+        for out, width in ((1, 32), (37, 96), (48, 64)):
+            matrix = quantized(Linear(randn(out, width, dtype=dtype), kernels), weights)
+            matrix.weights.data = at_the_edge(matrix.weights, before)
+            if matrix.scales is not None:
+                matrix.scales.data = at_the_edge(matrix.scales, before)
+            for m in (1, 3, 4, 5, 16, 17, 64):
+                assert matrix(at_the_edge(randn(m, width, dtype=dtype), before)).isfinite().all()
 
 
 @pytest.mark.parametrize("D", [8, 80, 256])

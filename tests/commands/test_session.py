@@ -1,0 +1,101 @@
+"""open_session: which kernels run a model and in which bits its weights are, or why not."""
+
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tiny import NATIVE, native_kernels, tiny_checkpoint
+
+from planner.commands.session import open_session
+from planner.errors import BadInput
+from planner.runtime import native
+from planner.runtime.linear import Int4Linear, Int8Linear, Linear
+
+
+@pytest.fixture(autouse=True)
+def tiny_files(monkeypatch):
+    """A made-up model in place of the files of a real one."""
+
+    def load(path, dtype, device):
+        checkpoint = tiny_checkpoint(**NATIVE)
+        return checkpoint._replace(tensors={name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()})
+
+    monkeypatch.setattr("planner.runtime.weights.load_checkpoint", load)
+    monkeypatch.setattr("planner.runtime.tokenizer.load_tokenizer", lambda path: SimpleNamespace(special_tokens=(0, 60)))
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "load_library", native.load_library.__wrapped__)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def opened(**options):
+    return open_session("made-up", device="cpu", **options)
+
+
+def test_a_cpu_runs_native_kernels_where_they_can_be_built():
+    native_kernels(torch.bfloat16)
+    session = opened()
+    assert session.model.kernels.execution == "native" and session.warnings == []
+    assert session.model.dtype == torch.bfloat16
+    assert opened(execution="native", dtype="float32").model.kernels.execution == "native"
+
+
+def test_eager_is_eager_and_no_reason_for_a_warning():
+    session = opened(execution="eager")
+    assert session.model.kernels.execution == "eager" and session.warnings == []
+
+
+def test_without_a_compiler_it_is_eager_with_the_reason_in_a_warning(no_compiler):
+    session = opened()
+    assert session.model.kernels.execution == "eager"
+    (warning,) = session.warnings
+    assert "slower" in warning and "need a C++ compiler" in warning
+
+
+def test_native_asked_for_and_not_to_be_had_is_refused(no_compiler):
+    with pytest.raises(BadInput, match="--execution eager"):
+        opened(execution="native")
+
+
+def test_float16_is_eager_with_a_warning_and_refused_with_native():
+    session = opened(dtype="float16")
+    assert session.model.kernels.execution == "eager"
+    assert "float16" in session.warnings[0]
+    with pytest.raises(BadInput, match="got float16; use --execution eager"):
+        opened(dtype="float16", execution="native")
+
+
+@pytest.mark.parametrize(("weights", "kind"), [("full", Linear), ("int8", Int8Linear), ("int4", Int4Linear)])
+def test_the_target_has_the_weights_asked_for(weights, kind):
+    session = opened(weights=weights, execution="eager")
+    assert session.weights == weights
+    assert type(session.model.head) is kind
+    assert all(type(layer.qkv) is kind for layer in session.model.layers)
+    assert session.model.special_tokens == (0, 60)
+
+
+def test_the_copy_in_full_precision_does_not_stay_behind_a_quantised_target():
+    assert opened(weights="int4", execution="eager").model.nbytes < 0.6 * opened(execution="eager").model.nbytes
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weights": "int2"}, "weights are one of full, int8, int4, got 'int2'"),
+        ({"execution": "fast"}, "execution is one of eager, native, cuda_graphs, got 'fast'"),
+        ({"dtype": "int8"}, "dtype is one of bfloat16, float16, float32, got 'int8'"),
+    ],
+)
+def test_other_words_are_refused_with_those_there_are(options, words):
+    with pytest.raises(BadInput, match=words):
+        opened(**options)
+
+
+def test_cuda_graphs_on_a_cpu_are_refused():
+    with pytest.raises(BadInput, match="cuda_graphs"):
+        opened(execution="cuda_graphs")
