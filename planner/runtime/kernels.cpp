@@ -225,10 +225,16 @@ struct Int8 {
     int64_t in;
     const void* at(int64_t row, int64_t i) const { return codes + row * in + i; }
     float scale(int64_t row) const { return scales[row]; }
+    void decode(int64_t row, int64_t i, Floats& a, Floats& b) const {  // weights i..i+31 of a row, without its scale
+        const int8_t* from = codes + row * in + i;
+        a = to_floats(fetch<Bytes>(from));
+        b = to_floats(fetch<Bytes>(from + LANES));
+    }
     template <int M>
     void add(Floats* total, int64_t row, int64_t i, const float* x) const {
-        const int8_t* from = codes + row * in + i;
-        add_products<M>(total, to_floats(fetch<Bytes>(from)), to_floats(fetch<Bytes>(from + LANES)), x + i, in);
+        Floats a, b;
+        decode(row, i, a, b);
+        add_products<M>(total, a, b, x + i, in);
     }
 };
 
@@ -239,13 +245,19 @@ struct Int4 {
     int64_t in;
     const void* at(int64_t row, int64_t i) const { return codes + (row * in + i) / 2; }
     float scale(int64_t) const { return 1.0f; }
-    template <int M>
-    void add(Floats* total, int64_t row, int64_t i, const float* x) const {
+    void decode(int64_t row, int64_t i, Floats& a, Floats& b) const {
         Words word = Words{} + fetch<uint32_t>(scale_min + (row * in + i) / 16);
         const Floats levels = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         Floats table = levels * (Floats)(word << 16) + (Floats)(word & 0xFFFF0000);  // the group's 16 weights
         Words both = widen(fetch<Codes>(codes + (row * in + i) / 2));
-        add_products<M>(total, __builtin_shuffle(table, both & 15), __builtin_shuffle(table, both >> 4), x + i, in);
+        a = __builtin_shuffle(table, both & 15);
+        b = __builtin_shuffle(table, both >> 4);
+    }
+    template <int M>
+    void add(Floats* total, int64_t row, int64_t i, const float* x) const {
+        Floats a, b;
+        decode(row, i, a, b);
+        add_products<M>(total, a, b, x + i, in);
     }
 };
 
@@ -367,6 +379,18 @@ void linear(const W& weights, const T* x, T* y, int64_t m, int64_t out) {
                 case 3: tiles<3>(weights, part, result, row, out); break;
                 case 4: tiles<4>(weights, part, result, row, out); break;
             }
+        }
+}
+
+template <class W, class T>
+void restore(const W& weights, T* to, int64_t out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < out; row++)
+        for (int64_t i = 0; i < weights.in; i += 2 * LANES) {
+            Floats a, b;
+            weights.decode(row, i, a, b);
+            store(to + row * weights.in + i, a * weights.scale(row));
+            store(to + row * weights.in + i + LANES, b * weights.scale(row));
         }
 }
 
@@ -700,6 +724,11 @@ struct Matrix {
         if (bits == 4) return linear(Int4{(const uint8_t*)weights, (const BFloat16*)scales, in}, x, y, m, out);
         if (m < FEW_ROWS || !linear_tiled((const T*)weights, x, y, m, in, out)) linear(Dense<T>{(const T*)weights, in}, x, y, m, out);
     }
+
+    void restore_to(T* to) const {  // of 8 or 4 bits
+        if (bits == 8) return restore(Int8{(const int8_t*)weights, (const float*)scales, in}, to, out);
+        restore(Int4{(const uint8_t*)weights, (const BFloat16*)scales, in}, to, out);
+    }
 };
 
 template <class T>
@@ -751,6 +780,7 @@ void run(const Layer<T>* layers, int64_t count, const T* norm, float eps, T* x, 
 #define KERNELS(T, NAME)                                                                                                       \
     extern "C" {                                                                                                               \
     void linear_##NAME(const Matrix<T>* matrix, const T* x, T* y, int64_t m) { matrix->apply(x, y, m); }                       \
+    void restore_##NAME(const Matrix<T>* matrix, T* to) { matrix->restore_to(to); }                                           \
     void attend_##NAME(                                                                                                        \
         const T* qkv, const float* cosine, const float* sine, const Cache<T>* cache, int64_t layer, T* out, int64_t B,         \
         int64_t n, int64_t H, int64_t G, int64_t D) {                                                                          \

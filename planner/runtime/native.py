@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from planner.errors import BadInput
@@ -66,6 +67,7 @@ class _Cache(ctypes.Structure):
 
 ARGUMENTS = {
     "linear": [POINTER, POINTER, POINTER, INTEGER],
+    "restore": [POINTER, POINTER],
     "attend": [POINTER, POINTER, POINTER, POINTER, INTEGER, POINTER] + [INTEGER] * 5,
     "run": [POINTER, INTEGER, POINTER, ctypes.c_float] + [POINTER] * 5 + [INTEGER] * 5,
 }
@@ -91,10 +93,15 @@ class NativeKernels(Kernels):
         rows = x.numel() // width
         if matrix not in self._tables:
             self._tables[matrix] = _Matrix.of(matrix) if self._fits(matrix) else None
-        if self._tables[matrix] is None or rows > _most_rows(matrix) or not self._takes(x):
+        table = self._tables[matrix]
+        if table is not None and matrix.scales is not None and rows > _most_rows(matrix) and x.dtype == self._dtype:
+            weight = x.new_empty(out, width)
+            self._functions["restore"](ctypes.byref(table), weight.data_ptr())
+            return F.linear(x, weight)
+        if table is None or rows > _most_rows(matrix) or not self._takes(x):
             return super().linear(x, matrix)
         y = x.new_empty(*x.shape[:-1], out)
-        self._functions["linear"](ctypes.byref(self._tables[matrix]), x.data_ptr(), y.data_ptr(), rows)
+        self._functions["linear"](ctypes.byref(table), x.data_ptr(), y.data_ptr(), rows)
         return y
 
     def attend(self, qkv: Tensor, rotation: Rotation, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:

@@ -54,7 +54,7 @@ def test_without_a_compiler_it_is_eager_with_the_reason_in_a_warning(no_compiler
     session = opened()
     assert session.model.kernels.execution == "eager"
     (warning,) = session.warnings
-    assert "slower" in warning and "need a C++ compiler" in warning
+    assert "slower" in warning and "need g++ 12" in warning
 
 
 def test_native_asked_for_and_not_to_be_had_is_refused(no_compiler):
