@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from planner.errors import MissingExtra
 from planner.files import write_whole
 from planner.report.terminal import clean
-from planner.specs import DraftConfig, SparseKV, describe
+from planner.specs import DraftConfig, SparseKV, describe, describe_drafter
 
 CELL_WIDTH, CELL_HEIGHT = 0.80, 0.62  # inches: three lines of legible text
 MAX_WIDE = 10  # values of K up to which panels stand side by side
@@ -114,8 +114,8 @@ def _draw(Figure: type, cells: list, chosen: DraftConfig, title: str, measured: 
 def _place(config: DraftConfig) -> tuple:
     """Panel, row and column of a configuration."""
     if isinstance(config.kv, SparseKV):
-        return (config.drafter.kind, config.kv.selection), (config.kv.budget, config.kv.sink, config.kv.recent), config.draft_len
-    return (config.drafter.kind, ""), (), config.draft_len
+        return (describe_drafter(config.drafter), config.kv.selection), (config.kv.budget, config.kv.sink, config.kv.recent), config.draft_len
+    return (describe_drafter(config.drafter), ""), (), config.draft_len
 
 
 def _panels(configs: list[DraftConfig]) -> dict[tuple, Panel]:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from planner.measurements import MIN_DISTINCT_4GRAMS, Profile, RoundSample
 from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Objective, Plan, Sweep, SweepCell
-from planner.specs import KVPolicy, SparseKV, describe, describe_kv, describe_sampler, describe_workload
+from planner.specs import DrafterSpec, KVPolicy, SparseKV, describe, describe_drafter, describe_kv, describe_sampler, describe_workload
 from planner.units import format_bytes
 
 MAX_ROWS = 6  # reasons of refusal, or failures, before "and N more"
@@ -395,7 +395,7 @@ def _acceptance_table(profile: Profile) -> tuple[list[Column], list[list[Column]
         text = profile.texts[sample.text]
         starts = sample.drafted.unpack() > 0
         first = sample.accept_prob.unpack()[:, 0] / 255
-        entry = groups.setdefault((text.context_len, text.sampler, sample.drafter.kind, sample.kv), ([], []))
+        entry = groups.setdefault((text.context_len, text.sampler, sample.drafter, sample.kv), ([], []))
         entry[0].append(starts.mean())
         entry[1].extend([first[starts].mean()] if starts.any() else [])  # a text on which nothing was drafted says nothing
     columns = [
@@ -474,14 +474,15 @@ def _saved(path: str | Path | None) -> list[tuple[str, str]]:
     return [] if path is None else [("File", clean(path))]
 
 
-def _drafter_name(kind: str, kv: KVPolicy) -> str:
-    return f"{kind} {describe_kv(kv)}" if isinstance(kv, SparseKV) else kind
+def _drafter_name(drafter: DrafterSpec, kv: KVPolicy) -> str:
+    name = describe_drafter(drafter)
+    return f"{name} {describe_kv(kv)}" if isinstance(kv, SparseKV) else name
 
 
 def _round_name(sample: RoundSample) -> str:
     if sample.draft_len == 0:
-        return "off" if sample.drafter.kind == "none" else f"{_drafter_name(sample.drafter.kind, sample.kv)} K=0"
-    return f"{_drafter_name(sample.drafter.kind, sample.kv)} K={sample.draft_len}"
+        return "off" if sample.drafter.kind == "none" else f"{_drafter_name(sample.drafter, sample.kv)} K=0"
+    return f"{_drafter_name(sample.drafter, sample.kv)} K={sample.draft_len}"
 
 
 # Figures
