@@ -1,35 +1,38 @@
 """What a plan gains: decoding with the planned configuration beside plain decoding, on texts the profile did not see.
 
 SmolLM2-135M, OUTPUT_LEN tokens behind prompts of real text. The plan is made here from a profile (--profile; the
-committed one unless told) for every context and temperature; both arms decode each text in turn. Speedup is plain over
-planned, in time after prefill (selection, first token and all later ones); one over all texts of a cell is the ratio of
-the sums. A cell whose plan is off has a speedup of 1 by definition, one that the profile does not cover is skipped.
-Texts are taken as long as fit into about seven minutes, at least MIN_TEXTS per cell.
+committed one unless told) for every context and temperature. A text is processed once up to each context in turn; there,
+at each temperature, plain and planned decoding follow each other, the other one first with every text. Speedup is plain
+over planned, in time after prefill (selection, first token and all later ones); one over all texts of a cell is the ratio
+of the sums. A cell whose plan is off has a speedup of 1 by definition, one that the profile does not cover is skipped.
+Texts are taken as long as fit into about seven minutes, at least MIN_TEXTS.
 """
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from common import make_parser, progress, report_tables, texts
 from others import open_llama_cpp
 
 import planner
 from planner.commands.session import Session, open_session
 from planner.errors import BadInput
-from planner.plans import Plan, Trial
+from planner.plans import Plan
 from planner.profiler.device import describe_device
 from planner.profiler.texts import Prompt, draw_prompts, expand
-from planner.profiler.trial import run_trials
+from planner.runtime.decode import cache_capacity, decode
+from planner.runtime.drafters import make_drafter
+from planner.runtime.model import prefill
 from planner.runtime.weights import default_model_path
-from planner.specs import PLAIN, describe
+from planner.specs import PLAIN, DraftConfig, describe
 
 CONTEXT_LENS = {"2k": 2048, "4k": 4096, "8k": 8000}  # the model ends at 8192, output included
 TEMPERATURES = (1.0, 0.7)
-OUTPUT_LEN = 96
-MIN_TEXTS, MAX_TEXTS = 3, 12  # per cell
+OUTPUT_LEN, WARMUP_LEN = 96, 8
+MIN_TEXTS, MAX_TEXTS = 3, 16
 BUDGET_S = 420.0  # for all, loading included; no text is begun that would end later, but MIN_TEXTS are always run
 LLAMA_CPP_STEPS = 32
 SEED = 1  # the profile drew with 0
@@ -37,16 +40,16 @@ SEED = 1  # the profile drew with 0
 
 @dataclass(kw_only=True)
 class Cell:
-    """One context and temperature: its plan and what was measured."""
+    """One context and temperature: its plan, and seconds by text."""
 
     name: str  # "2k_t0.7"
     context_len: int
     temperature: float
     plan: Plan
-    prompts: list[Prompt]
-    plain: list[Trial] = field(default_factory=list)
-    planned: list[Trial] = field(default_factory=list)
-    text_s: float = 0.0  # what the last text took
+    plain_s: list[float] = field(default_factory=list)
+    planned_s: list[float] = field(default_factory=list)
+    prefill_s: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)  # of the planned configuration
 
     @property
     def off(self) -> bool:
@@ -55,25 +58,7 @@ class Cell:
     @property
     def speedup(self) -> float:
         """Of the summed time after prefill."""
-        return 1.0 if self.off else sum(map(decode_s, self.plain)) / sum(map(decode_s, self.planned))
-
-    def run_text(self, session: Session) -> None:
-        """The next prompt with both arms, the other one first each time."""
-        number = len(self.plain)
-        arms = [PLAIN] if self.off else [PLAIN, self.plan.chosen]
-        begin = time.perf_counter()
-        # No stop tokens: the arms sample different texts, and a time ratio needs both to be as long.
-        for trial in run_trials(
-            session.model, [self.prompts[number]], arms if number % 2 == 0 else arms[::-1], self.plan.workload.sampler,
-            output_len=OUTPUT_LEN, stop_tokens=(), seed=SEED + number, warm=number == 0,
-        ):  # fmt: skip
-            (self.plain if trial.config == PLAIN else self.planned).append(trial)
-        self.text_s = time.perf_counter() - begin
-
-
-def decode_s(trial: Trial) -> float:
-    """Everything after prefill."""
-    return trial.start_s + trial.decode_s
+        return 1.0 if self.off else sum(self.plain_s) / sum(self.planned_s)
 
 
 def main() -> None:
@@ -82,29 +67,64 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
     profile_path = args.profile or committed_profile()
-    plans = make_plans(profile_path)
-    if not plans:
+    cells = make_cells(profile_path)
+    if not cells:
         parser.error(f"{profile_path} covers none of the contexts and temperatures")
-    session = open_planned(profile_path, next(iter(plans.values())))
-    cells = draw_cells(session, plans)
+    session = open_planned(profile_path, cells[0].plan)
+    longest = max(cell.context_len for cell in cells)
+    prompts = draw_prompts(
+        session.tokenizer, expand([texts()]), length=longest, count=MAX_TEXTS, seed=SEED, seen=cells[0].plan.seen_texts
+    )  # fmt: skip
 
-    def left_s() -> float:
-        return BUDGET_S - (time.perf_counter() - began)
-
-    llama_cpp_ms = {}
-    for number in range(MAX_TEXTS):
-        if number == MIN_TEXTS:  # what must be there is, and the machine is as it was: the column beside it comes now
-            llama_cpp_ms = measure_llama_cpp(cells, session.model.spec.max_context_len, left_s)
-        for cell in cells:
-            if number < wanted(cell) and (number < MIN_TEXTS or cell.text_s < left_s()):
-                cell.run_text(session)
-                progress(f"{cell.name}, text {number + 1}: {cell.text_s:.0f} s")
+    llama_cpp_ms = measure_llama_cpp(cells, prompts[0], session.model.spec.max_context_len)
+    text_s = 0.0
+    for number, prompt in enumerate(prompts):
+        if number >= MIN_TEXTS and time.perf_counter() - began + text_s > BUDGET_S:
+            break
+        begin = time.perf_counter()
+        run_text(session, cells, prompt, number)
+        text_s = time.perf_counter() - begin
+        progress(f"text {number + 1}: {text_s:.0f} s")
 
     figures = {f"speedup_{cell.name}": cell.speedup for cell in cells}
     figures["worst_cell_speedup"] = min(figures.values())
     title = f"{OUTPUT_LEN} tokens per text; planned from {profile_path.name}; intervals at 90 %"
     report_tables({title: [row(cell, llama_cpp_ms[cell.context_len]) for cell in cells]}, figures, args.json)
     progress(f"{time.perf_counter() - began:.0f} s")
+
+
+def run_text(session: Session, cells: list[Cell], prompt: Prompt, number: int) -> None:
+    """One text in every cell. Prefill goes on from context to context: a shorter prompt is the beginning of the longer one."""
+    longest = max(cell.context_len for cell in cells)
+    cache = session.model.new_cache(cache_capacity(longest, OUTPUT_LEN, max(cell.plan.chosen.draft_len for cell in cells)))
+    done, prefill_s = 0, 0.0
+    for context_len in sorted({cell.context_len for cell in cells}):
+        begin = time.perf_counter()
+        cache.truncate(done)
+        logits = prefill(session.model, torch.tensor([prompt.tokens[done:context_len]]), cache)
+        done, prefill_s = context_len, prefill_s + time.perf_counter() - begin
+        for cell in (cell for cell in cells if cell.context_len == context_len):
+            arms = [PLAIN] if cell.off else [PLAIN, cell.plan.chosen]
+            for config in arms if number % 2 == 0 else arms[::-1]:
+                if number == 0:
+                    run(session, cache, prompt, logits, cell, config, WARMUP_LEN, number)
+                seconds, rounds = run(session, cache, prompt, logits, cell, config, OUTPUT_LEN, number)
+                (cell.plain_s if config == PLAIN else cell.planned_s).append(seconds)
+                cell.rounds += [rounds] * (config != PLAIN)
+            cell.prefill_s.append(prefill_s)
+
+
+def run(session: Session, cache, prompt: Prompt, logits, cell: Cell, config: DraftConfig, output_len: int, number: int) -> tuple[float, int]:
+    """Seconds after prefill and rounds of one decode. No stop tokens: both arms must write as much, and they sample different texts."""
+    cache.truncate(cell.context_len)
+    drafter = make_drafter(config, session.model)
+    begin = time.perf_counter()
+    rounds = decode(
+        session.model, cache, [prompt.tokens[: cell.context_len]], logits, drafter, draft_len=config.draft_len, sampler=cell.plan.workload.sampler,
+        generators=[torch.Generator().manual_seed(SEED + number)], max_new_tokens=output_len,
+    )  # fmt: skip
+    count = sum(1 for _ in rounds) - 1  # the first is prefill's token
+    return time.perf_counter() - begin, count
 
 
 def committed_profile() -> Path:
@@ -115,18 +135,18 @@ def committed_profile() -> Path:
     return found[0]
 
 
-def make_plans(profile_path: Path) -> dict[tuple[str, float], Plan]:
-    """By context and temperature, for time per token, which is what is measured; cells without an answer are named and left out."""
-    plans = {}
+def make_cells(profile_path: Path) -> list[Cell]:
+    """A plan by context and temperature, for time per token, which is what is measured; those without an answer are named and left out."""
+    cells = []
     for name, context_len in CONTEXT_LENS.items():
         for temperature in TEMPERATURES:
             try:
-                plans[name, temperature] = planner.plan(
-                    profile_path, context_len=context_len, output_len=OUTPUT_LEN, temperature=temperature, objective="tpot"
-                )  # fmt: skip
+                plan = planner.plan(profile_path, context_len=context_len, output_len=OUTPUT_LEN, temperature=temperature, objective="tpot")
             except BadInput as error:
                 progress(f"skipped {name} at temperature {temperature:g}: {error}")
-    return plans
+                continue
+            cells.append(Cell(name=f"{name}_t{temperature:g}", context_len=context_len, temperature=temperature, plan=plan))
+    return cells
 
 
 def open_planned(profile_path: Path, plan: Plan) -> Session:
@@ -140,55 +160,36 @@ def open_planned(profile_path: Path, plan: Plan) -> Session:
     return session
 
 
-def draw_cells(session: Session, plans: dict[tuple[str, float], Plan]) -> list[Cell]:
-    """Unseen prompts of the longest context; the others take their beginnings, as a profile does."""
-    longest = max(CONTEXT_LENS[name] for name, _ in plans)
-    seen = next(iter(plans.values())).seen_texts  # of the profile: the same in all
-    prompts = draw_prompts(session.tokenizer, expand([texts()]), length=longest, count=MAX_TEXTS, seed=SEED, seen=seen)
-    cells = []
-    for (name, temperature), plan in plans.items():
-        context_len = CONTEXT_LENS[name]
-        cut = [prompt._replace(tokens=prompt.tokens[:context_len]) for prompt in prompts]
-        cells.append(Cell(name=f"{name}_t{temperature:g}", context_len=context_len, temperature=temperature, plan=plan, prompts=cut))
-    return cells
-
-
-def wanted(cell: Cell) -> int:
-    """Texts worth running: where the plan is off, only plain decoding's own time is left to tell."""
-    return 1 if cell.off else MAX_TEXTS
-
-
-def measure_llama_cpp(cells: list[Cell], max_context_len: int, left_s: Callable[[], float]) -> dict[int, str]:
+def measure_llama_cpp(cells: list[Cell], prompt: Prompt, max_context_len: int) -> dict[int, str]:
     """Its plain decoding in ms per token by context, or why there is none."""
     contexts = sorted({cell.context_len for cell in cells})
     llama_cpp = open_llama_cpp(default_model_path(), max_context_len)
     if llama_cpp is None:
         return dict.fromkeys(contexts, "not installed")
-    prompt = max((cell.prompts[0].tokens for cell in cells), key=len)
     # Beginnings of one prompt, shortest first: each goes on from what llama.cpp has processed.
-    return {c: f"{1000 * llama_cpp.plain_step_s(prompt[:c], LLAMA_CPP_STEPS):.2f}" if left_s() > 0 else "no time left" for c in contexts}
+    return {c: f"{1000 * llama_cpp.plain_step_s(prompt.tokens[:c], LLAMA_CPP_STEPS):.2f}" for c in contexts}
 
 
 def row(cell: Cell, llama_cpp_ms: str) -> dict:
     """Measured and predicted in columns of their own."""
     plan, later = cell.plan, OUTPUT_LEN - 1
-    ratios = [decode_s(plain) / decode_s(planned) for plain, planned in zip(cell.plain, cell.planned)]
-    whole = [plain.e2e_s / planned.e2e_s for plain, planned in zip(cell.plain, cell.planned)]
+    ratios = [plain / planned for plain, planned in zip(cell.plain_s, cell.planned_s)]
+    whole = [(prefill + plain) / (prefill + planned) for prefill, plain, planned in zip(cell.prefill_s, cell.plain_s, cell.planned_s)]
     missing = "off" if cell.off else ""
     return {
         "context": cell.context_len,
         "temperature": f"{cell.temperature:g}",
         "planned": describe(plan.chosen),
-        "texts": len(cell.plain),
-        "plain, ms/token": f"{1000 * statistics.median(trial.decode_s for trial in cell.plain) / later:.2f}",
-        "planned, ms/token": missing or f"{1000 * statistics.median(trial.decode_s for trial in cell.planned) / later:.2f}",
+        "texts": len(cell.plain_s),
+        "plain, ms/token": f"{1000 * statistics.median(cell.plain_s) / later:.2f}",
+        "planned, ms/token": missing or f"{1000 * statistics.median(cell.planned_s) / later:.2f}",
         "llama.cpp plain (4-bit Q4_1), ms/token": llama_cpp_ms,
         "measured speedup": missing or f"{cell.speedup:.3f}",
-        "median over texts": missing or f"{statistics.median(ratios):.3f}",
-        "mean over texts": missing or f"{statistics.mean(ratios):.3f}",
+        "least, median, most of the texts": missing or f"{min(ratios):.2f}, {statistics.median(ratios):.2f}, {max(ratios):.2f}",
         "mean with prefill": missing or f"{statistics.mean(whole):.3f}",
         "predicted speedup": f"{plan.speedup.value:.3f} [{plan.speedup.low:.3f}, {plan.speedup.high:.3f}]",
-        "predicted with prefill": f"{plan.baseline.e2e_s.value / plan.estimate.e2e_s.value:.3f}",
+        "tokens/round": missing or f"{later / statistics.mean(cell.rounds):.2f}",
+        "predicted tokens/round": f"{plan.estimate.tokens_per_round.value:.2f}",
     }
 
 
