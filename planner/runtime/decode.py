@@ -26,6 +26,27 @@ class Round(NamedTuple):
     accepted: list[int]
 
 
+class _Streams:
+    """What each stream has written, and whether it has ended."""
+
+    def __init__(self, prompts: list[list[int]], max_new_tokens: int, stop_tokens: Sequence[int]):
+        self.histories = [list(prompt) for prompt in prompts]
+        self.emitted, self.ended = [0] * len(prompts), [False] * len(prompts)
+        self._max_new_tokens, self._stop_tokens = max_new_tokens, stop_tokens
+
+    def emit(self, proposed: list[list[int]]) -> list[list[int]]:
+        """Add tokens to the streams that still run; what each really took."""
+        taken = []
+        for b, tokens in enumerate(proposed):
+            stop = next((i + 1 for i, token in enumerate(tokens) if token in self._stop_tokens), len(tokens))
+            tokens = [] if self.ended[b] else tokens[:stop]
+            self.histories[b] += tokens
+            self.emitted[b] += len(tokens)
+            self.ended[b] = self.ended[b] or self.emitted[b] >= self._max_new_tokens or (bool(tokens) and tokens[-1] in self._stop_tokens)
+            taken.append(tokens)
+        return taken
+
+
 def cache_capacity(context_len: int, output_len: int, draft_len: int) -> int:
     """Slots per stream that a full cache needs: prompt, output, and drafts that another stream's round pads to."""
     return context_len + output_len + draft_len
@@ -52,31 +73,17 @@ def decode(
     """
     B = len(prompts)
     mark("start")
-    histories = [list(prompt) for prompt in prompts]
-    emitted = [0] * B
-    ended = [False] * B
-
-    def emit(proposed: list[list[int]]) -> list[list[int]]:
-        """Add tokens to the streams that still run; what each really took."""
-        taken = []
-        for b, tokens in enumerate(proposed):
-            stop = next((i + 1 for i, token in enumerate(tokens) if token in stop_tokens), len(tokens))
-            tokens = [] if ended[b] else tokens[:stop]
-            histories[b] += tokens
-            emitted[b] += len(tokens)
-            ended[b] = ended[b] or emitted[b] >= max_new_tokens or (bool(tokens) and tokens[-1] in stop_tokens)
-            taken.append(tokens)
-        return taken
-
+    streams = _Streams(prompts, max_new_tokens, stop_tokens)
+    histories, ended = streams.histories, streams.ended
     drafter.start(cache, histories)
     first = sample(probabilities(first_logits, sampler), uniforms(generators, 1)[:, 0])
-    opening = Round(emit([[token] for token in first.tolist()]), [0] * B, [0] * B)
+    opening = Round(streams.emit([[token] for token in first.tolist()]), [0] * B, [0] * B)
     mark("select")
     yield opening
 
     while not all(ended):
         mark("start")
-        room = [0 if ended[b] else min(draft_len, max_new_tokens - emitted[b] - 1) for b in range(B)]
+        room = [0 if ended[b] else min(draft_len, max_new_tokens - streams.emitted[b] - 1) for b in range(B)]
         draft = drafter.propose(histories, room, sampler, generators)
         mark("draft")
 
@@ -98,7 +105,7 @@ def decode(
 
         accepted = [0 if ended[b] else row[0] for b, row in enumerate(host)]
         running = [not end for end in ended]
-        tokens = emit([row[2 : 2 + row[0]] + [row[1]] for row in host])
+        tokens = streams.emit([row[2 : 2 + row[0]] + [row[1]] for row in host])
         # The last token of a history is never in the cache: it is the next round's first input.
         counts = [n + 1 if runs else 0 for n, runs in zip(accepted, running, strict=True)]
         cache.commit(counts)

@@ -122,7 +122,7 @@ class NativeKernels(Kernels):
         taps: Collection[int],
     ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         B, n, _ = x.shape
-        narrow = B * n <= min(_most_rows(layer.qkv) for layer in layers[:1])
+        narrow = B * n <= _most_rows(layers[0].qkv)
         if layers not in self._tables:
             fits = all(self._fits(matrix) and matrix.shape[0] % 32 == 0 for layer in layers for matrix in _matrices(layer))
             self._tables[layers] = (_Layer * len(layers))(*(_layer(layer) for layer in layers)) if fits else None
