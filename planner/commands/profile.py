@@ -14,6 +14,7 @@ from planner.errors import BadInput
 from planner.files import Journal, journal_path
 from planner.measurements import (
     AcceptanceSample,
+    Environment,
     Failure,
     MemorySample,
     PrefillSample,
@@ -92,7 +93,8 @@ def measure(
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
     header = _Run(
         planner_version=planner.__version__, fingerprint=session.model.fingerprint, device=device.name, num_cores=device.num_cores,
-        dtype=str(session.model.dtype), execution=session.model.kernels.execution, settings=settings._replace(max_minutes=None), group=group, texts=[prompt.key for prompt in prompts],
+        dtype=str(session.model.dtype), execution=session.model.kernels.execution, settings=settings._replace(max_minutes=None), group=group,
+        texts=[prompt.key for prompt in prompts],
     )  # fmt: skip
     journal = None if out is None else Journal(journal_path(out), header, resume=resume)
     done = list(journal.entries(_PassDone | _TextsDone)) if journal else []
@@ -119,8 +121,29 @@ def measure(
             finish(timing.run(progress))
     while not timing.complete:
         finish(timing.run(progress))
-    texts, samples, prefill = _assembled([entry for entry in done if isinstance(entry, _TextsDone)], settings)
-    rounds = timing.rounds + timing.again()
+    again = timing.again()
+    minutes = {
+        "rounds": sum(entry.minutes for entry in done if isinstance(entry, _PassDone)),
+        "texts": sum(entry.minutes for entry in done if isinstance(entry, _TextsDone)),
+        "other": (time.perf_counter() - began) / 60 - sum(entry.minutes for entry in done[num_earlier:]),
+    }
+    found = _Measured(timing, again, [entry for entry in done if isinstance(entry, _TextsDone)], minutes)
+    return _profile(model, session, settings, device, environment, found, complaints(environment) + session.warnings + warnings)
+
+
+class _Measured(NamedTuple):
+    """What a Profile is made of beside its settings."""
+
+    timing: "_Timing"
+    again: list[RoundSample]
+    texts: list["_TextsDone"]
+    minutes: dict[str, float]
+
+
+def _profile(
+    model: str, session: Session, settings: Settings, device: DeviceSpec, environment: Environment, found: _Measured, warnings: list[str]
+) -> Profile:
+    texts, samples, prefill = _assembled(found.texts, settings)
     return Profile(
         model=model,
         target=session.model.spec,
@@ -137,16 +160,12 @@ def measure(
         max_draft_len=settings.max_draft_len,
         texts=texts,
         acceptance=samples,
-        rounds=rounds,
+        rounds=found.timing.rounds + found.again,
         prefill=prefill,
-        memory=[sample for entry in timing.passes[:1] for sample in entry.memory],
-        failures=timing.failures,
-        minutes={
-            "rounds": sum(entry.minutes for entry in done if isinstance(entry, _PassDone)),
-            "texts": sum(entry.minutes for entry in done if isinstance(entry, _TextsDone)),
-            "other": (time.perf_counter() - began) / 60 - sum(entry.minutes for entry in done[num_earlier:]),
-        },
-        warnings=complaints(environment) + session.warnings + warnings,
+        memory=[sample for entry in found.timing.passes[:1] for sample in entry.memory],
+        failures=found.timing.failures,
+        minutes=found.minutes,
+        warnings=warnings,
     )
 
 
@@ -250,7 +269,7 @@ def _checked(settings: Settings, session: Session) -> Settings:
 def _check_room(session: Session, device: DeviceSpec, settings: Settings) -> None:
     """Refuse, before anything runs, a batch that cannot fit: on a CPU the system ends the process that takes too much."""
     context_len, batch = max(settings.contexts), max(settings.batches)
-    stream_bytes = context_len * session.model.spec.kv_bytes_per_token(str(session.model.dtype).removeprefix("torch."))
+    stream_bytes = context_len * _kv_bytes_per_token(session)
     room = device.memory_bytes - session.model.nbytes
     if batch * stream_bytes > room:
         raise BadInput(
@@ -259,10 +278,14 @@ def _check_room(session: Session, device: DeviceSpec, settings: Settings) -> Non
         )
 
 
+def _kv_bytes_per_token(session: Session) -> int:
+    return session.model.spec.kv_bytes_per_token(str(session.model.dtype).removeprefix("torch."))
+
+
 def _group_size(session: Session, device: DeviceSpec, settings: Settings) -> int:
     """Texts written side by side: as many as fit, but small groups where the time is limited and may end between them."""
     stream_tokens = max(settings.contexts) + settings.output_len
-    stream_bytes = stream_tokens * session.model.spec.kv_bytes_per_token(str(session.model.dtype).removeprefix("torch."))
+    stream_bytes = stream_tokens * _kv_bytes_per_token(session)
     fitting = int((device.memory_bytes - session.model.nbytes) * GROUP_SHARE / stream_bytes)
     return max(1, min(MAX_GROUP if settings.max_minutes is None else MIN_TEXTS, fitting))
 
