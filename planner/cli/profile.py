@@ -1,0 +1,71 @@
+"""planner profile: flags to arguments."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import planner
+from planner.cli.app import app
+from planner.cli.options import AsJson, Dataset, Device, Dtype, Execution, Model, Quiet, Seed, TargetWeights, drafter_specs, paths, policies
+from planner.units import parse_numbers
+
+
+@app.command()
+def profile(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the profile goes.")],
+    model: Model = "smollm2",
+    contexts: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "2048",
+    kv_budgets: Annotated[str, typer.Option(help="Budgets of self_sparse in tokens.")] = "64,128,256,512,1024",
+    selections: Annotated[str, typer.Option(help="window, chunk or both.")] = "window,chunk",
+    drafter_weights: Annotated[
+        str | None, typer.Option(help="Weights of self_sparse, of full, int8 and int4; default: int8 on a CPU, full on a GPU.")
+    ] = None,
+    drafter_vocabs: Annotated[str, typer.Option(help="Head sizes of self_sparse in tokens; all keeps the whole vocabulary.")] = "all",
+    temperatures: Annotated[str, typer.Option(help="Samplers to profile; acceptance does not carry over between them.")] = "1",
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling at every temperature above 0.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Top-k sampling at every temperature above 0; 0 keeps all.")] = 0,
+    sink: Annotated[int, typer.Option(help="First tokens that a sparse cache always keeps.")] = 4,
+    recent: Annotated[int, typer.Option(help="Least recent tokens that a sparse cache keeps.")] = 32,
+    max_draft_len: Annotated[int, typer.Option(help="Longest draft of interest, in tokens.")] = 8,
+    texts: Annotated[int, typer.Option(help="Prompts per context, at least 4; 16 give useful intervals.")] = 16,
+    output_len: Annotated[int, typer.Option(help="Tokens that the target writes behind each prompt.")] = 128,
+    batches: Annotated[str, typer.Option(help="Streams side by side to time rounds at, e.g. 1,4,8; plans need batches within them.")] = "1",
+    max_minutes: Annotated[float | None, typer.Option(help="Stop replaying further texts after this.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted profile with the same --out stopped.")] = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    execution: Execution = None,
+    weights: TargetWeights = "full",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this device: acceptance by replay, latency by whole rounds. A journal lies beside --out until it is complete."""
+    from planner.commands.profile import Settings
+    from planner.files import check_writable, journal_path
+    from planner.measurements import save_profile
+    from planner.report import terminal
+    from planner.specs import Sampler
+
+    check_writable(out)
+    samplers = [
+        Sampler(temperature=t, top_p=top_p if t > 0 else 1.0, top_k=top_k if t > 0 else 0)
+        for t in parse_numbers(temperatures, float, "--temperatures")
+    ]
+    kept = policies(kv_budgets, selections, sink, recent)
+    drafters = drafter_specs(drafter_weights or "full", drafter_vocabs) if drafter_weights or drafter_vocabs != "all" else None
+    settings = Settings(
+        contexts=parse_numbers(contexts, int, "--contexts"), samplers=samplers, policies=kept, drafters=drafters, max_draft_len=max_draft_len,
+        num_texts=texts, output_len=output_len, seed=seed, max_minutes=max_minutes,
+        batches=parse_numbers(batches, int, "--batches"),
+    )  # fmt: skip
+    with terminal.progress("profile", quiet=quiet) as progress:
+        result = planner.profile(
+            model, paths(dataset), settings=settings, dtype=dtype, device=device, execution=execution, weights=weights, out=out, resume=resume,
+            progress=progress,
+        )  # fmt: skip
+    save_profile(result, out)
+    journal_path(out).unlink(missing_ok=True)
+    terminal.print_json(result) if as_json else terminal.show_profile(result, out)
