@@ -3,6 +3,7 @@
 Frozen and checked once, where they are made. Sizes are bytes, times are seconds, lengths are tokens.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -15,6 +16,13 @@ Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes
 DType = Literal["float32", "float16", "bfloat16"]
 Weights = Literal["full", "int8", "int4"]  # full: in the dtype the model was loaded in
 Execution = Literal["eager", "native", "cuda_graphs"]
+
+Selection = Literal["window", "chunk", "snapkv", "retrieval"]
+Storage = Literal["retain", "evict"]
+
+CHUNK_SIZE = 8  # BudgetDraft and TriForce both use 8
+CHUNKED = ("chunk", "retrieval")
+OBSERVATION = 32  # tokens whose attention SnapKV looks at; its paper uses 16 to 64
 
 BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -89,43 +97,68 @@ class FullKV(Spec, kw_only=True, tag_field="kind", tag="full"):
 
 
 class SparseKV(Spec, kw_only=True, tag_field="kind", tag="sparse"):
-    """Attend to at most `budget` committed tokens per layer and KV head.
+    """Attend to at most `budget` committed tokens per layer and KV head: a chosen set, which stays, and the most recent
+    ones, which slide at commits.
 
-    window  the first `sink` tokens and the most recent budget - sink (StreamingLLM, arXiv:2309.17453)
-    chunk   chunks of CHUNK_SIZE prompt tokens, the first always and the rest by the dot product of their
-            mean key with the last key (BudgetDraft, arXiv:2606.00144), and the `recent` tokens
+    window     the first `sink` tokens and the most recent budget - sink (StreamingLLM, arXiv:2309.17453)
+    chunk      chunks of CHUNK_SIZE prompt tokens, the first always and the rest by the dot product of their
+               mean key with the last key (BudgetDraft, arXiv:2606.00144), and the `recent` tokens
+    snapkv     the first `sink` tokens, those that the last OBSERVATION prompt tokens attend to most (SnapKV,
+               arXiv:2404.14469), and the `recent` tokens
+    retrieval  chunks as above, by the dot product of their mean key with the last query (TriForce, arXiv:2404.11912)
 
-    Selection runs once, after prefill. The chosen set then stays; the recent window slides at commits.
+    The set is chosen after prefill, and with `refresh` again whenever that many more tokens are committed, as if the
+    prompt ended there. The papers count rounds instead; counted in tokens, a choice depends on the text and not on how
+    rounds cut it, so that a replay knows it.
     """
 
     budget: Annotated[int, Meta(ge=1, le=2**30)]
     sink: Annotated[int, Meta(ge=0, le=2**30)] = 4
     recent: Annotated[int, Meta(ge=1, le=2**30)] = 32
-    selection: Literal["window", "chunk"] = "window"
+    selection: Selection = "window"
+    refresh: Count | None = None  # committed tokens between two choices; None: chosen once
+    storage: Storage = "retain"  # of a drafter with keys of its own: evict drops what was not chosen, for good
 
     def __post_init__(self):
         if self.budget < self.sink + self.recent:
             raise ValueError(f"kv budget must hold sink + recent ({self.sink + self.recent} tokens), got {self.budget}; raise --kv-budget")
-        if self.selection == "chunk" and self.sink > CHUNK_SIZE:
-            raise ValueError(f"chunk selection keeps the first chunk ({CHUNK_SIZE} tokens) as sinks, got sink {self.sink}; lower it")
-        if self.selection == "chunk" and self.recent < CHUNK_SIZE:
-            raise ValueError(f"chunk selection needs recent >= {CHUNK_SIZE}, the partial last chunk lives there, got {self.recent}")
-        if self.selection == "chunk" and self.budget < self.recent + CHUNK_SIZE:
+        if self.selection in CHUNKED and self.sink > CHUNK_SIZE:
+            raise ValueError(f"{self.selection} selection keeps the first chunk ({CHUNK_SIZE} tokens) as sinks, got sink {self.sink}; lower it")
+        if self.selection in CHUNKED and self.recent < CHUNK_SIZE:
+            raise ValueError(
+                f"{self.selection} selection needs recent >= {CHUNK_SIZE}, the partial last chunk lives there, got {self.recent}; raise it"
+            )
+        if self.selection in CHUNKED and self.budget < self.recent + CHUNK_SIZE:
             raise ValueError(f"kv budget must hold recent + one chunk ({self.recent + CHUNK_SIZE} tokens), got {self.budget}; raise --kv-budget")
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks kept, the first of the text included; what is left of the budget goes to the recent window."""
-        return (self.budget - self.recent) // CHUNK_SIZE if self.selection == "chunk" else 0
+        if self.selection == "snapkv" and self.recent < OBSERVATION:
+            raise ValueError(
+                f"snapkv selection keeps its observation window ({OBSERVATION} tokens) as recent ones, got recent {self.recent}; raise it"
+            )
+        if self.refresh is not None and self.selection == "window":
+            raise ValueError("window selection chooses nothing that could be refreshed, got a refresh; drop it or take another selection")
+        if self.refresh is not None and self.storage == "evict":
+            raise ValueError("a refresh chooses among all tokens, and storage evict has dropped them; take storage retain")
 
     def num_fixed(self, context_len: int) -> int:
-        """Tokens that stay once chosen, after a prompt of `context_len`; the rest of the budget slides.
+        """Tokens that stay once chosen, from `context_len` committed ones; the rest of the budget slides.
 
-        A prompt that fits into the budget is kept whole: nothing is selected, only the sinks are fixed.
+        A context that fits into the budget is kept whole: nothing is selected, only the sinks are fixed.
         """
-        if self.selection == "chunk" and context_len > self.budget:
-            return self.num_chunks * CHUNK_SIZE
-        return min(self.sink, context_len)
+        if context_len <= self.budget or self.selection == "window":
+            return min(self.sink, context_len)
+        if self.selection == "snapkv":
+            return self.budget - self.recent
+        return (self.budget - self.recent) // CHUNK_SIZE * CHUNK_SIZE
+
+    def chosen_at(self, context_len: int, committed: int) -> int:
+        """How many tokens were committed when the set in force was chosen, the first choice being after `context_len`."""
+        return context_len if self.refresh is None else committed - (committed - context_len) % self.refresh
+
+    def choices(self, context_len: int, end: int) -> Iterator[range]:
+        """Committed lengths from `context_len` to below `end`, in ranges that one choice serves, made at the first of each."""
+        step = self.refresh or max(1, end - context_len)
+        for first in range(context_len, end, step):
+            yield range(first, min(first + step, end))
 
     def resident(self, context_len: int) -> int:
         """Tokens kept in memory."""
@@ -136,22 +169,37 @@ class SparseKV(Spec, kw_only=True, tag_field="kind", tag="sparse"):
         return min(self.budget, context_len)
 
 
-CHUNK_SIZE = 8  # BudgetDraft and TriForce both use 8
-
 KVPolicy = FullKV | SparseKV
 
 
 class DrafterSpec(Spec, kw_only=True):
-    """Who proposes. `none` means that no drafter is loaded: off, plain decoding."""
+    """Who proposes. `none` means that no drafter is loaded: off, plain decoding.
 
-    kind: Literal["none", "ngram", "self_sparse"]
-    weights: Weights = "full"  # of self_sparse: as the target has them, or quantised; its KV stays the target's either way
+    ngram        what followed when the last tokens last occurred
+    self_sparse  the target itself, attending to a part of its own cache
+    draft_model  a smaller model with the target's vocabulary and a cache of its own
+    eagle3       a head of one layer on hidden states of the target (EAGLE-3, arXiv:2503.01840), with a cache of its own
+    """
+
+    kind: Literal["none", "ngram", "self_sparse", "draft_model", "eagle3"]
+    path: Annotated[str, Meta(max_length=500)] | None = None  # of draft_model and eagle3: a model folder or GGUF file, as the user named it
+    weights: Weights = "full"  # of models: as loaded, or quantised; the KV of self_sparse stays the target's either way
     vocab: Count | None = None  # of self_sparse: tokens that its head knows, the frequent and the special ones; None: all
+    dtype: DType | None = None  # of draft_model and eagle3: weights and cache; None: the target's
 
     def __post_init__(self):
-        if self.kind != "self_sparse" and (self.weights != "full" or self.vocab is not None):
-            raise ValueError(f"weights and vocab go with drafter self_sparse and with no other, got drafter {self.kind}")
+        if self.kind not in LOADED and self.dtype is not None:
+            raise ValueError(f"a dtype goes with drafters {' and '.join(LOADED)} and with no other, got drafter {self.kind}")
+        if (self.kind in LOADED) != (self.path is not None):
+            raise ValueError(f"a path goes with drafters {' and '.join(LOADED)} and with no other, got drafter {self.kind} with path {self.path}")
+        if self.kind not in ("self_sparse", "draft_model") and self.weights != "full":
+            raise ValueError(f"weights go with drafters self_sparse and draft_model and with no other, got drafter {self.kind}")
+        if self.kind != "self_sparse" and self.vocab is not None:
+            raise ValueError(f"a vocab goes with drafter self_sparse and with no other, got drafter {self.kind}")
 
+
+LOADED = ("draft_model", "eagle3")  # drafters with a checkpoint of their own
+CACHED = ("self_sparse", "draft_model")  # drafters whose cache may be sparse
 
 NO_DRAFTER = DrafterSpec(kind="none")
 
@@ -165,12 +213,15 @@ class DraftConfig(Spec, kw_only=True):
     tree: None = None  # chains only, so far
 
     def __post_init__(self):
-        if (self.drafter.kind == "none") != (self.draft_len == 0):
-            raise ValueError(f"draft_len must be 0 without a drafter and at least 1 with one, got {self.draft_len} with {self.drafter.kind}")
-        if isinstance(self.kv, SparseKV) != (self.drafter.kind == "self_sparse"):
+        kind, sparse = self.drafter.kind, isinstance(self.kv, SparseKV)
+        if (kind == "none") != (self.draft_len == 0):
+            raise ValueError(f"draft_len must be 0 without a drafter and at least 1 with one, got {self.draft_len} with {kind}")
+        if sparse and kind not in CACHED or not sparse and kind == "self_sparse":
             raise ValueError(
-                f"a kv budget goes with drafter self_sparse and with no other, got drafter {self.drafter.kind} with {describe_kv(self.kv)}"
+                f"a kv budget goes with drafter self_sparse, may go with draft_model, and with no other, got drafter {kind} with {describe_kv(self.kv)}"
             )
+        if kind == "self_sparse" and self.kv.storage == "evict":
+            raise ValueError("storage evict is for a drafter with keys of its own, got self_sparse, which reads the target's; take storage retain")
 
 
 PLAIN = DraftConfig(drafter=NO_DRAFTER)
@@ -203,12 +254,16 @@ class Workload(Spec, kw_only=True):
 
 def describe_kv(kv: KVPolicy) -> str:
     """A policy in a few words."""
-    return "full kv" if isinstance(kv, FullKV) else f"{kv.selection} {kv.budget}"
+    if isinstance(kv, FullKV):
+        return "full kv"
+    return f"{kv.selection} {kv.budget}" + (f" refresh {kv.refresh}" if kv.refresh else "") + " evict" * (kv.storage == "evict")
 
 
 def describe_drafter(drafter: DrafterSpec) -> str:
     """A drafter in a few words."""
-    return drafter.kind + f" {drafter.weights}" * (drafter.weights != "full") + f" vocab {drafter.vocab}" * (drafter.vocab is not None)
+    name = f"{drafter.kind} {drafter.path.rstrip('/').rsplit('/', 1)[-1]}" if drafter.path else drafter.kind
+    name += f" {drafter.dtype}" * (drafter.dtype is not None)
+    return name + f" {drafter.weights}" * (drafter.weights != "full") + f" vocab {drafter.vocab}" * (drafter.vocab is not None)
 
 
 def describe(config: DraftConfig) -> str:

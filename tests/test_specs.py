@@ -3,6 +3,8 @@
 Rules between fields hold in Python and in JSON alike; the ranges of single fields (Meta) are msgspec's and hold on reading.
 """
 
+from typing import get_args
+
 import msgspec
 import pytest
 from hypothesis import assume, given, settings
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from planner.specs import (
     BYTES_PER_ELEMENT,
     CHUNK_SIZE,
+    CHUNKED,
     NO_DRAFTER,
+    OBSERVATION,
     PLAIN,
     DeviceSpec,
     DraftConfig,
@@ -20,6 +24,7 @@ from planner.specs import (
     KVPolicy,
     ModelSpec,
     Sampler,
+    Selection,
     SparseKV,
     Workload,
     describe,
@@ -54,16 +59,24 @@ CONFIGS = [
     DraftConfig(drafter=NGRAM, draft_len=4, kv=FullKV()),
     DraftConfig(drafter=SELF_SPARSE, draft_len=1024, kv=SparseKV(budget=64)),
     DraftConfig(drafter=SELF_SPARSE, draft_len=3, kv=SparseKV(budget=513, sink=0, recent=9, selection="chunk")),
+    DraftConfig(drafter=SELF_SPARSE, draft_len=3, kv=SparseKV(budget=513, selection="retrieval", refresh=64)),
+    DraftConfig(drafter=DrafterSpec(kind="draft_model", path="/models/small/", weights="int4"), draft_len=2),
+    DraftConfig(
+        drafter=DrafterSpec(kind="draft_model", path="/models/small"), draft_len=2, kv=SparseKV(budget=64, selection="snapkv", storage="evict")
+    ),
+    DraftConfig(drafter=DrafterSpec(kind="eagle3", path="head"), draft_len=5),
 ]
 
 
 @st.composite
 def sparse_policies(draw) -> SparseKV:
-    selection = draw(st.sampled_from(["window", "chunk"]))
-    sink = draw(st.integers(0, CHUNK_SIZE if selection == "chunk" else 40))
-    recent = draw(st.integers(CHUNK_SIZE if selection == "chunk" else 1, 80))
-    least = max(sink + recent, recent + CHUNK_SIZE if selection == "chunk" else 1)
-    return SparseKV(budget=least + draw(st.integers(0, 300)), sink=sink, recent=recent, selection=selection)
+    selection = draw(st.sampled_from(get_args(Selection)))
+    sink = draw(st.integers(0, CHUNK_SIZE if selection in CHUNKED else 40))
+    recent = draw(st.integers(CHUNK_SIZE if selection in CHUNKED else OBSERVATION if selection == "snapkv" else 1, 80))
+    least = max(sink + recent, recent + CHUNK_SIZE if selection in CHUNKED else 1)
+    refresh = None if selection == "window" else draw(st.none() | st.integers(1, 100))
+    storage = draw(st.sampled_from(["retain", "evict"])) if refresh is None else "retain"
+    return SparseKV(budget=least + draw(st.integers(0, 300)), sink=sink, recent=recent, selection=selection, refresh=refresh, storage=storage)
 
 
 def read(value: object, into: type):
@@ -136,8 +149,9 @@ def test_a_longer_context_never_keeps_less(kv, context_len, more):
 @given(sparse_policies(), st.integers(1, 1000))
 def test_beyond_the_budget_the_fixed_and_the_sliding_part_fill_it(kv, beyond):
     context_len = kv.budget + beyond
-    # window: all but the sinks slides; chunk: the recent window, and what does not make a whole chunk
-    sliding = kv.budget - kv.sink if kv.selection == "window" else kv.recent + (kv.budget - kv.recent) % CHUNK_SIZE
+    # window: all but the sinks slides; else the recent window, and what does not make a whole chunk
+    spare = (kv.budget - kv.recent) % CHUNK_SIZE if kv.selection in CHUNKED else 0
+    sliding = kv.budget - kv.sink if kv.selection == "window" else kv.recent + spare
     assert kv.num_fixed(context_len) + sliding == kv.budget == kv.resident(context_len)
     assert sliding >= kv.recent
 
@@ -145,10 +159,10 @@ def test_beyond_the_budget_the_fixed_and_the_sliding_part_fill_it(kv, beyond):
 @seeded
 @given(sparse_policies(), st.integers(1, 1000))
 def test_there_are_enough_whole_chunks_before_the_sliding_window_to_choose_from(kv, beyond):
-    assume(kv.selection == "chunk")
+    assume(kv.selection in CHUNKED)
     context_len = kv.budget + beyond
-    sliding = kv.budget - kv.num_fixed(context_len)
-    assert 1 <= kv.num_chunks <= (context_len - sliding) // CHUNK_SIZE
+    num_chunks, rest = divmod(kv.num_fixed(context_len), CHUNK_SIZE)
+    assert rest == 0 and 1 <= num_chunks <= (context_len - kv.budget + kv.num_fixed(context_len)) // CHUNK_SIZE
 
 
 @seeded
@@ -158,9 +172,12 @@ def test_a_prompt_within_the_budget_fixes_only_its_sinks(kv, data):
     assert kv.num_fixed(context_len) == min(kv.sink, context_len)
 
 
-def test_a_window_has_no_chunks():
-    assert SparseKV(budget=512).num_chunks == 0
-    assert SparseKV(budget=512, selection="chunk").num_chunks == (512 - 32) // 8
+@seeded
+@given(sparse_policies(), st.integers(1, 500), st.integers(1, 300))
+def test_choices_cut_a_text_where_the_set_changes(kv, context_len, more):
+    ranges = list(kv.choices(context_len, context_len + more))
+    assert [length for lengths in ranges for length in lengths] == list(range(context_len, context_len + more))
+    assert all(kv.chosen_at(context_len, length) == lengths[0] for lengths in ranges for length in lengths)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +187,10 @@ def test_a_window_has_no_chunks():
         ({"budget": 35}, r"\(36 tokens\), got 35"),
         ({"budget": 99, "sink": 20, "recent": 80}, r"\(100 tokens\), got 99"),
         ({"budget": 64, "sink": 0, "recent": 7, "selection": "chunk"}, "chunk selection needs recent >= 8, .* got 7"),
+        ({"budget": 64, "sink": 0, "recent": 7, "selection": "retrieval"}, "retrieval selection needs recent >= 8, .* got 7"),
+        ({"budget": 64, "recent": 31, "selection": "snapkv"}, r"observation window \(32 tokens\) as recent ones, got recent 31; raise it"),
+        ({"budget": 64, "refresh": 16}, "window selection chooses nothing that could be refreshed"),
+        ({"budget": 64, "selection": "chunk", "refresh": 16, "storage": "evict"}, "storage evict has dropped them; take storage retain"),
         ({"budget": 39, "sink": 4, "selection": "chunk"}, r"recent \+ one chunk \(40 tokens\), got 39; raise --kv-budget"),
     ],
 )
@@ -203,9 +224,11 @@ def test_the_smallest_budgets_are_accepted(fields):
         ({"drafter": NGRAM, "draft_len": 0}, "got 0 with ngram"),
         ({"drafter": NGRAM}, "got 0 with ngram"),
         ({"drafter": SELF_SPARSE, "kv": SparseKV(budget=64)}, "got 0 with self_sparse"),
-        ({"drafter": SELF_SPARSE, "draft_len": 4}, "a kv budget goes with drafter self_sparse .* got drafter self_sparse with full kv"),
+        ({"drafter": SELF_SPARSE, "draft_len": 4}, "a kv budget goes with drafter self_sparse, .* got drafter self_sparse with full kv"),
         ({"drafter": NGRAM, "draft_len": 4, "kv": SparseKV(budget=64)}, "got drafter ngram with window 64"),
         ({"drafter": NO_DRAFTER, "kv": SparseKV(budget=64, selection="chunk")}, "got drafter none with chunk 64"),
+        ({"drafter": SELF_SPARSE, "draft_len": 4, "kv": SparseKV(budget=64, storage="evict")}, "got self_sparse, which reads the target's"),
+        ({"drafter": DrafterSpec(kind="eagle3", path="head"), "draft_len": 4, "kv": SparseKV(budget=64)}, "got drafter eagle3 with window 64"),
     ],
 )
 def test_configurations_that_contradict_themselves_are_refused(fields, message):
@@ -226,7 +249,7 @@ def test_a_configuration_comes_back_from_json_as_it_was(config):
 @seeded
 @given(sparse_policies(), st.integers(1, 1024))
 def test_any_sparse_configuration_comes_back_from_json(kv, draft_len):
-    config = DraftConfig(drafter=SELF_SPARSE, kv=kv, draft_len=draft_len)
+    config = DraftConfig(drafter=DrafterSpec(kind="draft_model", path="small"), kv=kv, draft_len=draft_len)
     assert read(config, DraftConfig) == config
 
 
@@ -289,8 +312,10 @@ def test_an_unknown_field_inside_a_configuration_is_refused():
         (SparseKV(budget=64), "budget", True),
         (SparseKV(budget=64), "sink", -1),
         (SparseKV(budget=64), "recent", 0),
-        (SparseKV(budget=64), "selection", "snapkv"),
-        (NGRAM, "kind", "eagle3"),
+        (SparseKV(budget=64), "selection", "h2o"),
+        (SparseKV(budget=64), "refresh", 0),
+        (SparseKV(budget=64), "storage", "drop"),
+        (NGRAM, "kind", "medusa"),
         (CONFIGS[1], "draft_len", 1025),
         (CONFIGS[1], "draft_len", -1),
         (CONFIGS[1], "kv", None),
@@ -322,7 +347,10 @@ def test_a_missing_field_is_refused(spec):
 
 
 def test_configurations_and_policies_in_a_few_words():
-    assert [describe(config) for config in CONFIGS] == ["off", "ngram K=4", "ngram K=4", "self_sparse window 64 K=1024", "self_sparse chunk 513 K=3"]
+    assert [describe(config) for config in CONFIGS] == [
+        "off", "ngram K=4", "ngram K=4", "self_sparse window 64 K=1024", "self_sparse chunk 513 K=3", "self_sparse retrieval 513 refresh 64 K=3",
+        "draft_model small int4 K=2", "draft_model small snapkv 64 evict K=2", "eagle3 head K=5",
+    ]  # fmt: skip
     assert describe_kv(FullKV()) == "full kv"
 
 
@@ -353,7 +381,7 @@ def test_a_self_sparse_drafter_may_be_quantised_and_know_fewer_tokens(weights, v
 @pytest.mark.parametrize("kind", ["none", "ngram"])
 @pytest.mark.parametrize("change", [{"weights": "int8"}, {"weights": "int4"}, {"vocab": 100}, {"weights": "int8", "vocab": 100}], ids=str)
 def test_drafters_without_weights_have_none_to_quantise(kind, change):
-    with pytest.raises(ValueError, match=f"self_sparse and with no other, got drafter {kind}"):
+    with pytest.raises(ValueError, match=f"and with no other, got drafter {kind}"):
         DrafterSpec(kind=kind, **change)
     with pytest.raises(msgspec.ValidationError, match=f"got drafter {kind}"):
         read({"kind": kind, **change}, DrafterSpec)
@@ -363,6 +391,23 @@ def test_drafters_without_weights_have_none_to_quantise(kind, change):
 def test_drafters_out_of_range_are_refused_on_reading(change):
     with pytest.raises(msgspec.ValidationError):
         read({"kind": "self_sparse", **change}, DrafterSpec)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "draft_model"}, "a path goes with drafters draft_model and eagle3 and with no other, got drafter draft_model with path None"),
+        ({"kind": "eagle3"}, "got drafter eagle3 with path None"),
+        ({"kind": "ngram", "path": "small"}, "got drafter ngram with path small"),
+        ({"kind": "eagle3", "path": "head", "weights": "int8"}, "weights go with drafters self_sparse and draft_model"),
+        ({"kind": "draft_model", "path": "small", "vocab": 100}, "a vocab goes with drafter self_sparse"),
+    ],
+)
+def test_drafters_that_contradict_themselves_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DrafterSpec(**fields)
+    with pytest.raises(msgspec.ValidationError, match=message):
+        read(fields, DrafterSpec)
 
 
 def test_drafters_written_before_there_were_bits_mean_full_weights_and_all_tokens():

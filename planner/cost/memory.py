@@ -7,7 +7,7 @@ import numpy as np
 
 from planner.measurements import Profile
 from planner.plans import Interval
-from planner.specs import BYTES_PER_ELEMENT, CHUNK_SIZE, DraftConfig, DrafterSpec, DType, ModelSpec, SparseKV, Weights, Workload
+from planner.specs import BYTES_PER_ELEMENT, CHUNK_SIZE, CHUNKED, DraftConfig, DrafterSpec, DType, ModelSpec, SparseKV, Weights, Workload
 
 
 def full_cache_bytes(model: ModelSpec, dtype: DType, *, capacity: int, batch: int = 1) -> int:
@@ -86,5 +86,5 @@ def largest_budget(profile: Profile, config: DraftConfig, workload: Workload, ca
     per_token = workload.batch * profile.target.kv_bytes_per_token(profile.dtype)
     without = resident_bytes(profile, config, workload).value - config.kv.budget * per_token
     budget = int((cap_bytes - without) // per_token)
-    least = config.kv.recent + (CHUNK_SIZE if config.kv.selection == "chunk" else config.kv.sink)
+    least = config.kv.recent + (CHUNK_SIZE if config.kv.selection in CHUNKED else config.kv.sink)
     return budget if budget >= least else None

@@ -109,6 +109,6 @@ def decode(
         # The last token of a history is never in the cache: it is the next round's first input.
         counts = [n + 1 if runs else 0 for n, runs in zip(accepted, running, strict=True)]
         cache.commit(counts)
-        drafter.commit(cache, counts)
+        drafter.commit(cache, histories, counts)
         mark("commit")
         yield Round(tokens, [n if runs else 0 for n, runs in zip(draft.lens, running, strict=True)], accepted)

@@ -75,18 +75,44 @@ class Kernels:
         mask: Tensor | None,  # [1 or B, 1, n, S], added to the scores; None: causal behind each stream's committed tokens
     ) -> Tensor:  # [B, n, H * D]
         """Rotate queries and keys, write keys and values into the cache, attend."""
+        q, k, v = self.split_heads(qkv, rotation, cache)
+        keys, values = cache.append(layer, k, v)
+        return attention(q, keys, values, cache.causal_mask(q.shape[2]) if mask is None else mask)
+
+    def split_heads(self, qkv: Tensor, rotation: Rotation, cache: KVCache) -> list[Tensor]:  # [B, H or G or G, n, D] each
+        """Queries and keys, rotated, and values."""
         B, n, width = qkv.shape
         G, D = cache.keys.shape[2], cache.keys.shape[4]
         H = width // D - 2 * G
         cos, sin = (part[:, None].to(qkv.dtype) for part in rotation)
         qk, v = qkv.view(B, n, H + 2 * G, D).transpose(1, 2).split([H + G, G], dim=1)
-        q, k = rotate(qk, cos, sin).split([H, G], dim=1)
-        keys, values = cache.append(layer, k, v)
-        mask = cache.causal_mask(n) if mask is None else mask
-        if mask is not None:  # the heads of a group share keys: they stand below each other as rows of one query
-            mask = mask.repeat(1, 1, H // G, 1)
-        attended = F.scaled_dot_product_attention(q.reshape(B, G, H // G * n, D), keys, values, attn_mask=mask)
-        return attended.reshape(B, H, n, D).transpose(1, 2).reshape(B, n, H * D)
+        return [*rotate(qk, cos, sin).split([H, G], dim=1), v]
+
+
+class QueryKernels(Kernels):
+    """For tokens whose keys and values are committed: writes nothing, and keeps the queries of every layer."""
+
+    def __init__(self):
+        self.queries: list[Tensor] = []  # by layer, [B, H, n, D]
+
+    def attend(self, qkv: Tensor, rotation: Rotation, cache: KVCache, layer: int, mask: Tensor) -> Tensor:
+        q, _, _ = self.split_heads(qkv, rotation, cache)
+        self.queries.append(q)
+        S = mask.shape[-1]
+        return attention(q, cache.keys[layer, :, :, :S], cache.values[layer, :, :, :S], mask)
+
+
+def attention(
+    q: Tensor,  # [B, H, n, D]
+    keys: Tensor,  # [B, G, S, D]
+    values: Tensor,
+    mask: Tensor | None,  # [1 or B, 1, n, S]
+) -> Tensor:  # [B, n, H * D]
+    """Softmax attention in PyTorch; the heads of a group share keys and stand below each other as rows of one query."""
+    (B, H, n, D), G = q.shape, keys.shape[1]
+    mask = None if mask is None else mask.repeat(1, 1, H // G, 1)
+    attended = F.scaled_dot_product_attention(q.reshape(B, G, H // G * n, D), keys, values, attn_mask=mask)
+    return attended.reshape(B, H, n, D).transpose(1, 2).reshape(B, n, H * D)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

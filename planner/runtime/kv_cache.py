@@ -98,30 +98,30 @@ class SparseKVCache(KVCache):
         self._num_fixed = [0] * batch
         self._ring_start = [0] * batch  # position that lies in the first slot of the ring
 
-    def select(self, target: KVCache) -> None:
-        """Choose and copy what to keep of the target's committed tokens; once, after prefill."""
-        for b, length in enumerate(target.lengths):
-            fixed = kv_select.select(self.policy, target.keys[:, b, :, :length])  # [layers, H, F]
-            F = fixed.shape[-1]
-            index = fixed[..., None].expand(-1, -1, -1, self.keys.shape[-1])
-            recent = min(self.policy.budget - F, length - F)
-            for own, theirs in ((self.keys, target.keys), (self.values, target.values)):
-                own[:, b, :, :F] = theirs[:, b].gather(2, index)
-                own[:, b, :, F : F + recent] = theirs[:, b, :, length - recent : length]
-            self._num_fixed[b], self._ring_start[b] = F, length - recent
-            self.lengths[b] = F + recent
+    def select(self, target: KVCache, stream: int, end: int, queries: kv_select.Queries) -> None:
+        """Choose and copy what to keep of the target's first `end` tokens, and take over the committed ones behind them."""
+        b = stream
+        fixed = kv_select.select(self.policy, target.keys[:, b, :, :end], queries)  # [layers, H, F]
+        F = fixed.shape[-1]
+        index = fixed[..., None].expand(-1, -1, -1, self.keys.shape[-1])
+        recent = min(self.policy.budget - F, end - F)
+        for own, theirs in ((self.keys, target.keys), (self.values, target.values)):
+            own[:, b, :, :F] = theirs[:, b].gather(2, index)
+            own[:, b, :, F : F + recent] = theirs[:, b, :, end - recent : end]
+        self._num_fixed[b], self._ring_start[b] = F, end - recent
+        self.lengths[b] = F + recent
+        self.slide(target, stream, target.lengths[b] - end)
 
-    def slide(self, target: KVCache, counts: list[int]) -> None:
-        """Take over the counts[b] tokens that the target committed last, with its exact keys and values."""
-        for b, count in enumerate(counts):
-            F = self._num_fixed[b]
-            ring = self.policy.budget - F
-            end = target.lengths[b]
-            begin = end - min(count, ring)
-            slots = torch.tensor([F + (p - self._ring_start[b]) % ring for p in range(begin, end)], device=self.keys.device, dtype=torch.long)
-            self.keys[:, b, :, slots] = target.keys[:, b, :, begin:end]
-            self.values[:, b, :, slots] = target.values[:, b, :, begin:end]
-            self.lengths[b] = F + min(ring, end - self._ring_start[b])
+    def slide(self, target: KVCache, stream: int, count: int) -> None:
+        """Take over the `count` tokens that the target committed last, with its exact keys and values."""
+        b, F = stream, self._num_fixed[stream]
+        ring = self.policy.budget - F
+        end = target.lengths[b]
+        begin = end - min(count, ring)
+        slots = torch.tensor([F + (p - self._ring_start[b]) % ring for p in range(begin, end)], device=self.keys.device, dtype=torch.long)
+        self.keys[:, b, :, slots] = target.keys[:, b, :, begin:end]
+        self.values[:, b, :, slots] = target.values[:, b, :, begin:end]
+        self.lengths[b] = F + min(ring, end - self._ring_start[b])
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

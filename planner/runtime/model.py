@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planner.runtime.kernels import Kernels, Rotation
-from planner.runtime.kv_cache import KVCache
+from planner.runtime.kernels import Kernels, QueryKernels, Rotation
+from planner.runtime.kv_cache import KVCache, additive_mask
 from planner.runtime.linear import Linear, Matrix, ReducedHead, frozen, quantized
 from planner.runtime.weights import Checkpoint
 from planner.specs import ModelSpec, Weights
@@ -39,6 +39,7 @@ class Transformer(nn.Module):
         exponent = torch.arange(0, spec.head_dim, 2, device=norm.device, dtype=torch.float32) / spec.head_dim
         self.inverse_frequency = 1.0 / spec.rope_theta**exponent  # [D/2]
         self._cheaper: dict[tuple, Transformer] = {}
+        self.beside: dict[tuple, nn.Module] = {}  # drafters with a checkpoint of their own, loaded for this target: (path, dtype) -> model
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,11 +73,29 @@ class Transformer(nn.Module):
         taps: Collection[int] = (),
     ) -> Output:
         """Hidden states of the new tokens; writes their keys and values into the cache without committing them."""
+        return Output(*self._run(self.kernels, tokens, positions, cache, mask, taps))
+
+    @torch.inference_mode()
+    def queries(
+        self,
+        tokens: Tensor,  # [n]
+        end: int,  # position behind the last of them
+        cache: KVCache,  # of one stream, in which they are committed
+    ) -> Tensor:  # [layers, G, R, n, D], R query heads for each of G KV heads
+        """The rotated queries of committed tokens, in a pass of their own: no pass keeps queries that nobody may ask for."""
+        positions = torch.arange(end - len(tokens), end, device=tokens.device)
+        visible = torch.arange(end, device=tokens.device) <= positions[:, None]
+        recorder = QueryKernels()
+        self._run(recorder, tokens[None], positions[None], cache, additive_mask(visible, cache.keys.dtype)[None, None], ())
+        return torch.cat(recorder.queries).unflatten(1, (cache.keys.shape[2], -1))
+
+    def _run(
+        self, kernels: Kernels, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None, taps: Collection[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         x = F.embedding(tokens, self.embedding)
         angles = positions[..., None].float() * self.inverse_frequency  # [B, n, D/2]
         rotation = Rotation(angles.cos(), angles.sin())
-        hidden, tapped = self.kernels.run(self.layers, self.norm, self.spec.rms_norm_eps, x, rotation, cache, mask, taps)
-        return Output(hidden, tapped)
+        return kernels.run(self.layers, self.norm, self.spec.rms_norm_eps, x, rotation, cache, mask, taps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab_size], in the model's dtype."""

@@ -72,6 +72,16 @@ def histories(draw):
     return policy, lengths, commits, draw(st.integers(1, 6))
 
 
+def no_queries(count):
+    raise AssertionError("nobody asks")
+
+
+def choose(cache, target):
+    """Select for every stream, from all that is committed."""
+    for b, length in enumerate(target.lengths):
+        cache.select(target, b, length, no_queries)
+
+
 @seeded
 @given(histories())
 def test_a_sparse_cache_holds_the_fixed_tokens_and_the_last_committed_ones(history):
@@ -79,7 +89,7 @@ def test_a_sparse_cache_holds_the_fixed_tokens_and_the_last_committed_ones(histo
     capacity = max(lengths) + sum(max(counts) for counts in commits)
     target = numbered_cache(lengths, capacity)
     cache = SparseKVCache(SPEC, policy, draft_len=draft_len, batch=len(lengths), dtype=torch.float32, device=CPU)
-    cache.select(target)
+    choose(cache, target)
     fixed = [check_held(held(cache, target, b), policy, length, length) for b, length in enumerate(lengths)]
     for b, length in enumerate(lengths):
         if policy.selection == "window" or length <= policy.budget:
@@ -95,7 +105,8 @@ def test_a_sparse_cache_holds_the_fixed_tokens_and_the_last_committed_ones(histo
             cache.commit([1] * len(lengths))
         cache.lengths = committed
         target.commit(list(counts))
-        cache.slide(target, list(counts))
+        for b, count in enumerate(counts):
+            cache.slide(target, b, count)
         for b, length in enumerate(lengths):
             assert torch.equal(check_held(held(cache, target, b), policy, length, target.lengths[b]), fixed[b])
 
@@ -106,21 +117,34 @@ def test_what_is_visible_is_what_the_policy_says_is_read(selection):
     for length in (1, 23, 24, 25, 80):
         target = numbered_cache([length], 200)
         cache = SparseKVCache(SPEC, policy, draft_len=3, batch=1, dtype=torch.float32, device=CPU)
-        cache.select(target)
+        choose(cache, target)
         for count in (0, 1, 4, 30):
             target.commit([count])
-            cache.slide(target, [count])
+            cache.slide(target, 0, count)
             assert cache.lengths[0] == policy.read(target.lengths[0]) == policy.resident(target.lengths[0])
+
+
+def test_choosing_again_is_choosing_from_a_longer_prompt():
+    policy = SparseKV(budget=24, sink=2, recent=8, selection="chunk", refresh=30)
+    target = numbered_cache([60], 200)
+    cache = SparseKVCache(SPEC, policy, draft_len=3, batch=1, dtype=torch.float32, device=CPU)
+    choose(cache, target)
+    target.commit([35])
+    cache.select(target, 0, 90, no_queries)
+    again = SparseKVCache(SPEC, policy, draft_len=3, batch=1, dtype=torch.float32, device=CPU)
+    again.select(numbered_cache([90], 200), 0, 90, no_queries)
+    again.slide(target, 0, 5)
+    assert torch.equal(held(cache, target, 0), held(again, target, 0))
 
 
 def test_a_cache_that_slides_into_the_wrong_slots_is_caught():
     policy = SparseKV(budget=12, sink=2, recent=8)
     target = numbered_cache([30], 60)
     cache = SparseKVCache(SPEC, policy, draft_len=2, batch=1, dtype=torch.float32, device=CPU)
-    cache.select(target)
+    choose(cache, target)
     cache._ring_start[0] += 1
     target.commit([3])
-    cache.slide(target, [3])
+    cache.slide(target, 0, 3)
     with pytest.raises(AssertionError):
         check_held(held(cache, target, 0), policy, 30, 33)
 

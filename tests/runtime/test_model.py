@@ -5,6 +5,7 @@ import torch
 from tiny import prefilled, random_prompt, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from planner.runtime import kernels
 from planner.runtime.model import Transformer, build_model, prefill
 from planner.runtime.weights import default_model_path, load_checkpoint
 from planner.specs import ModelSpec
@@ -215,3 +216,20 @@ def test_bfloat16_weights_keep_positions_in_float32():
     wide_frequency = narrow.inverse_frequency.clone()
     assert narrow.to(torch.bfloat16).inverse_frequency.dtype == torch.float32
     assert torch.equal(narrow.inverse_frequency, wide_frequency)
+
+
+@pytest.mark.parametrize("end", [5, 17, 40])
+def test_queries_of_committed_tokens_are_those_of_the_pass_that_read_them(end, monkeypatch):
+    model = tiny_model(seed=3)
+    tokens = torch.tensor(random_prompt(40, seed=1))
+    seen = []
+    attention = kernels.attention
+    monkeypatch.setattr(kernels, "attention", lambda q, *rest: (seen.append(q), attention(q, *rest))[1])
+    cache, _ = prefilled(model, [tokens.tolist()], 40)
+    before = cache.keys.clone()
+    passes = [torch.cat(seen[layer :: model.spec.num_layers], 2) for layer in range(model.spec.num_layers)]  # prefill went in chunks
+    found = model.queries(tokens[end - 5 : end], end, cache)
+    assert found.shape == (2, 2, 2, 5, 8)  # layers, KV heads, query heads of each, tokens, head_dim
+    for layer in range(2):
+        torch.testing.assert_close(found[layer].flatten(0, 1), passes[layer][0, :, end - 5 : end], atol=1e-5, rtol=1e-5)
+    assert torch.equal(cache.keys, before) and cache.lengths == [40]

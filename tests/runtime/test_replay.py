@@ -28,7 +28,9 @@ GREEDY, WARM = Sampler(), Sampler(temperature=0.8, top_p=0.9, top_k=20)
 POLICIES = [
     SparseKV(budget=4, sink=1, recent=2), SparseKV(budget=20, sink=4, recent=8), SparseKV(budget=21, sink=0, recent=21),
     SparseKV(budget=21, recent=9, selection="chunk"), SparseKV(budget=48, recent=16, selection="chunk"),
-    SparseKV(budget=500), SparseKV(budget=500, selection="chunk"),
+    SparseKV(budget=500), SparseKV(budget=500, selection="chunk"), SparseKV(budget=40, selection="snapkv"),
+    SparseKV(budget=21, recent=9, selection="retrieval"), SparseKV(budget=21, recent=9, selection="retrieval", refresh=3),
+    SparseKV(budget=21, recent=9, selection="chunk", refresh=1), SparseKV(budget=40, selection="snapkv", refresh=7),
 ]  # fmt: skip
 
 
@@ -97,8 +99,8 @@ def judged_by_the_drafter(model, config, text: TargetText, forced: Forced, strid
         positions = len(text.prompt) + s + torch.arange(count)[None]
         p += probabilities(model.logits(model(behind, positions, cache, cache.causal_mask(count)).hidden[0]), text.sampler)
         cache.commit([count])
-        drafter.commit(cache, [count])
         history += tokens[s + 1 : s + 1 + count]
+        drafter.commit(cache, [history], [count])
         s += count
     p = [float(row[token]) for row, token in zip(p, tokens[1:], strict=True)]
     for s, qs in q_of.items():
@@ -134,7 +136,7 @@ def test_replay_of_a_cheaper_drafter_is_what_it_proposes(drafter, kernels, monke
     assert np.abs(replayed - make_drafter(sparse(POLICIES[1]), model).replay(text, K).accept_prob).max() > 0.02  # unlike the target's own weights
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3], CONFIGS[4]], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3], CONFIGS[4], *CONFIGS[9:12]], ids=str)
 def test_replay_does_not_depend_on_how_many_tokens_the_rounds_before_committed(model, config, monkeypatch):
     (text,) = written(model, random_prompt(75, seed=2), WARM, seed=1)
     replayed = make_drafter(config, model).replay(text, K)

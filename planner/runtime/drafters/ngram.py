@@ -35,7 +35,7 @@ class NgramDrafter:
         probs = torch.zeros(len(found), K, self.vocab_size, device=self.device).scatter_(-1, padded[..., None], 1.0)
         return Draft(padded, probs, lens)
 
-    def commit(self, target_cache: KVCache, counts: list[int]) -> None:
+    def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
         pass  # the next proposal reads the history
 
     def replay(self, text: TargetText, draft_len: int) -> Replay:

@@ -21,5 +21,5 @@ class NoDrafter:
         tokens = torch.zeros(B, 0, dtype=torch.long, device=self.device)
         return Draft(tokens, torch.zeros(B, 0, self.vocab_size, device=self.device), [0] * B)
 
-    def commit(self, target_cache: KVCache, counts: list[int]) -> None:
+    def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
         pass

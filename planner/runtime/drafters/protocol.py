@@ -52,8 +52,8 @@ class Drafter(Protocol):
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
         """Draft up to draft_lens[b] tokens behind each history, the last token of which the target has not seen."""
 
-    def commit(self, target_cache: KVCache, counts: list[int]) -> None:
-        """The target has committed counts[b] more tokens, the same that were added to the histories."""
+    def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
+        """The target has committed counts[b] more tokens, and the histories have grown by as many."""
 
     def replay(self, text: TargetText, draft_len: int) -> Replay:
         """Acceptance along a text, as decoding it with this drafter would meet it, for every start of a round."""

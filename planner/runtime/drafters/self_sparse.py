@@ -19,19 +19,26 @@ from planner.specs import Sampler, SparseKV
 STARTS_PER_PASS = 64  # rounds replayed in one forward pass: bounds its mask and its logits
 
 
+def queries_of(model: Transformer, history: list[int], cache: KVCache, stream: int, end: int) -> kv_select.Queries:
+    """The queries of the last of the first `end` tokens of a stream, computed when a selection asks for them."""
+    return lambda count: model.queries(torch.tensor(history[end - count : end], device=model.device), end, cache.stream(stream))
+
+
 class SelfSparseDrafter:
     def __init__(self, model: Transformer, policy: SparseKV, *, draft_len: int, batch: int, weights_bytes: int = 0):
         """`model` is the target or a cheaper copy of it, which has weights_bytes of its own."""
         self.model, self.policy, self.draft_len, self._weights_bytes = model, policy, draft_len, weights_bytes
         self.cache = SparseKVCache(model.spec, policy, draft_len=draft_len, batch=batch, dtype=model.dtype, device=model.device)
-        self._positions: list[int] = []
+        self._context_lens: list[int] = []
 
     @property
     def nbytes(self) -> int:
         return self._weights_bytes + self.cache.nbytes
 
     def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
-        self.cache.select(target_cache)
+        self._context_lens = list(target_cache.lengths)
+        for b, history in enumerate(histories):
+            self.cache.select(target_cache, b, self._context_lens[b], queries_of(self.model, history, target_cache, b, self._context_lens[b]))
 
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
         B, K = len(histories), max(draft_lens)
@@ -52,8 +59,14 @@ class SelfSparseDrafter:
             return Draft(tokens.new_zeros(B, 0), torch.zeros(B, 0, self.model.spec.vocab_size, device=device), draft_lens)
         return Draft(torch.stack(drafted, 1), torch.stack(probs, 1), draft_lens)
 
-    def commit(self, target_cache: KVCache, counts: list[int]) -> None:
-        self.cache.slide(target_cache, counts)
+    def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
+        for b, (context_len, count) in enumerate(zip(self._context_lens, counts, strict=True)):
+            length = target_cache.lengths[b]
+            chosen_at = self.policy.chosen_at(context_len, length)
+            if chosen_at > length - count:
+                self.cache.select(target_cache, b, chosen_at, queries_of(self.model, histories[b], target_cache, b, chosen_at))
+            else:
+                self.cache.slide(target_cache, b, count)
 
     @torch.inference_mode()
     def replay(self, text: TargetText, draft_len: int) -> Replay:
@@ -61,22 +74,24 @@ class SelfSparseDrafter:
         T, L, K = len(text.tokens), len(text.prompt), draft_len
         device = self.model.device
         tokens = torch.tensor(text.tokens, device=device)
-        fixed = kv_select.select(self.policy, text.cache.keys[:, 0, :, :L])  # [layers, H, F]
         accept_prob = np.zeros((T - 1, K), dtype=np.float32)
-        for first in range(0, T - 1, STARTS_PER_PASS):
-            starts = torch.arange(first, min(first + STARTS_PER_PASS, T - 1), device=device)  # [S]
-            reads = (starts[:, None] + torch.arange(K, device=device)).flatten()  # [S * K] index of the token a row reads
-            judged_on = reads + 1
-            inside = judged_on < T
-            reads, judged_on = reads.clamp(max=T - 1), judged_on.clamp(max=T - 1)
+        for lengths in self.policy.choices(L, L + T - 1):
+            queries = queries_of(self.model, text.prompt + text.tokens, text.cache, 0, lengths[0])
+            fixed = kv_select.select(self.policy, text.cache.keys[:, 0, :, : lengths[0]], queries)  # [layers, H, F]
+            for committed in torch.arange(lengths[0], lengths[-1] + 1, device=device).split(STARTS_PER_PASS):  # [S]
+                starts = committed - L
+                reads = (starts[:, None] + torch.arange(K, device=device)).flatten()  # [S * K] index of the token a row reads
+                judged_on = reads + 1
+                inside = judged_on < T
+                reads, judged_on = reads.clamp(max=T - 1), judged_on.clamp(max=T - 1)
 
-            cache, mask = self._rounds(text.cache, fixed, starts + L, K)
-            hidden = self.model(tokens[reads][None], (L + reads)[None], cache, mask).hidden[0]
-            q = probability_of(self.model.logits(hidden), tokens[judged_on], text.sampler)
-            p = text.token_probs[judged_on - 1]
-            # p = 0: a top_p or top_k cut that the wide pass puts elsewhere than the narrow one did; the limit of q / p.
-            w = torch.where(p > 0, q / p, (q > 0).float()).clamp(max=1.0) * inside
-            accept_prob[first : first + len(starts)] = w.view(-1, K).cpu().numpy()
+                cache, mask = self._rounds(text.cache, fixed, committed, K)
+                hidden = self.model(tokens[reads][None], (L + reads)[None], cache, mask).hidden[0]
+                q = probability_of(self.model.logits(hidden), tokens[judged_on], text.sampler)
+                p = text.token_probs[judged_on - 1]
+                # p = 0: a top_p or top_k cut that the wide pass puts elsewhere than the narrow one did; the limit of q / p.
+                w = torch.where(p > 0, q / p, (q > 0).float()).clamp(max=1.0) * inside
+                accept_prob[starts.cpu()] = w.view(-1, K).cpu().numpy()
         return Replay(accept_prob, np.full(T - 1, K))
 
     def _rounds(
