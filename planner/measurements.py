@@ -205,7 +205,12 @@ def decode_checked(content: bytes, kind: type, schema_version: int, what: str):
             raise BadInput(f"{what} has schema_version {version}, this planner reads {schema_version}; make it again with this version")
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"{what} is not valid: {error}") from None
+        raise BadInput(f"{what} is not valid: {_shortened(str(error))}") from None
+
+
+def _shortened(message: str) -> str:
+    """A message that may quote the file: its beginning says what is wrong, its end says where."""
+    return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
 
 
 class _Versioned(msgspec.Struct):

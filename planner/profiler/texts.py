@@ -98,10 +98,10 @@ def _slots(tokenizer: Tokenizer, path: Path, content: bytes, length: int) -> Ite
         for offset in range(0, len(tokens) - step + 1, step):
             yield offset, step, bos + tokens[offset : offset + step]
     else:
-        yield from _chat_slots(tokenizer, _read_chats(path, text), length)
+        yield from _chat_slots(tokenizer, path, _read_chats(path, text), length)
 
 
-def _chat_slots(tokenizer: Tokenizer, chats: list[list[dict]], length: int) -> Iterator[tuple[int, int, list[int]]]:
+def _chat_slots(tokenizer: Tokenizer, path: Path, chats: list[list[dict]], length: int) -> Iterator[tuple[int, int, list[int]]]:
     """Chats joined as turns of one conversation until they fill `length`; the oldest tokens are cut, as a full context cuts them."""
     first, turns, size = 0, [], 0
     for index, messages in enumerate(chats):
@@ -111,7 +111,7 @@ def _chat_slots(tokenizer: Tokenizer, chats: list[list[dict]], length: int) -> I
             continue
         last_user = max((i for i, message in enumerate(turns) if message["role"] == "user"), default=None)
         if last_user is None:
-            raise BadInput(f"a chat needs a message with role user, chats {first}..{index} have none")
+            raise BadInput(f"{path}: a chat needs a message with role user, chats {first + 1} to {index + 1} have none; leave them out")
         tokens = tokenizer.encode_chat(turns[: last_user + 1])  # the model is to answer the last user message
         if len(tokens) >= length:
             yield first, index + 1 - first, tokens[-length:]

@@ -232,7 +232,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
 
 def test_a_chat_without_a_user_is_refused(tmp_path):
     record = {"messages": [{"role": "assistant", "content": "hello there"}]}
-    with pytest.raises(BadInput, match="needs a message with role user, chats 0..0 have none"):
+    with pytest.raises(BadInput, match="needs a message with role user, chats 1 to 1 have none"):
         draw([chats(tmp_path / "c.jsonl", record)])
 
 
