@@ -12,7 +12,20 @@ from planner.commands.session import Session, open_session
 from planner.errors import BadInput
 from planner.files import Journal, journal_path
 from planner.measurements import fingerprint
-from planner.plans import Check, CheckCell, Estimate, Interval, Plan, Sweep, SweepCell, Trial, load_plan, mean_round_s, tokens_per_round
+from planner.plans import (
+    PER_MILLION_TOKENS,
+    Check,
+    CheckCell,
+    Estimate,
+    Interval,
+    Plan,
+    Sweep,
+    SweepCell,
+    Trial,
+    load_plan,
+    mean_round_s,
+    tokens_per_round,
+)
 from planner.specs import PLAIN, DraftConfig, Execution, Weights, Workload, checked, describe
 
 TOLERANCE = 0.05  # a check passes unless the choice is shown to be worse than this
@@ -238,6 +251,9 @@ def _report(plan: Plan, plan_sha256, arms, trials, environment, warnings, minute
                 predicted=estimate,
                 measured_tpot_s=mean_interval([trial.tpot_s for trial in own]),
                 measured_e2e_s=mean_interval([trial.e2e_s for trial in own]),
+                measured_price_per_million_tokens=None
+                if plan.price_per_hour is None
+                else mean_interval([trial.device_s_per_token for trial in own]).scaled(plan.price_per_hour * PER_MILLION_TOKENS),
                 measured_round_s=mean_round_s(own),
                 measured_tokens_per_round=tokens_per_round(own),
                 expected_tokens_per_round=expected_tokens_per_round(rounds_per_token, estimate.sd_rounds_per_token, estimate.num_texts, len(own)),
