@@ -13,6 +13,7 @@ import numpy as np
 from scipy.special import ndtri, stdtrit  # not scipy.stats, which is slow to import
 
 from planner.cost.acceptance import AcceptanceModel, context_weights, fit_acceptance
+from planner.cost.energy import PowerModel, fit_power
 from planner.cost.latency import LatencyModel, fit_latency
 from planner.cost.memory import largest_budget, resident_bytes
 from planner.errors import BadInput
@@ -28,6 +29,7 @@ class Models(NamedTuple):
     profile: Profile
     acceptance: AcceptanceModel
     latency: LatencyModel
+    power: PowerModel
 
 
 class Prediction(NamedTuple):
@@ -41,7 +43,7 @@ class Prediction(NamedTuple):
 
 
 def fit_models(profile: Profile) -> Models:
-    return Models(profile, fit_acceptance(profile), fit_latency(profile))
+    return Models(profile, fit_acceptance(profile), fit_latency(profile), fit_power(profile))
 
 
 def predict(models: Models, config: DraftConfig, workload: Workload, price_per_hour: float | None = None) -> Prediction:
@@ -83,6 +85,11 @@ def predict(models: Models, config: DraftConfig, workload: Workload, price_per_h
         firsts, laters = weights(objective, workload)
         return _interval(firsts * ttft + laters * tpot, half * math.hypot(firsts * ttft_sd, laters * tpot_sd))
 
+    power = models.power.watts(config, workload.context_len, workload.batch)
+    joules = None
+    if power is not None:  # rounds are those of all streams, and so is what they use
+        value = power.watts * tpot / workload.batch
+        joules = _interval(value, half * value * math.hypot(power.error, tpot_sd / tpot))
     mean_round = tpot / rounds_per_token
     one = Interval(value=1.0, low=1.0, high=1.0)
     estimate = Estimate(
@@ -97,6 +104,7 @@ def predict(models: Models, config: DraftConfig, workload: Workload, price_per_h
         sd_rounds_per_token=sd_rounds,
         num_texts=num_texts,
         notes=notes + latency.notes(workload.batch),
+        joules_per_token=joules,
         price_per_million_tokens=None if price_per_hour is None else seconds("price").scaled(price_per_hour * PER_MILLION_TOKENS),
     )
     return Prediction(estimate, workload, per_text, means[1:], error)
