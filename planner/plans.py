@@ -120,6 +120,7 @@ class Trial(Spec, kw_only=True):
     round_s: list[Seconds]  # up to the one in which this stream ended
     cache_bytes: Size  # caches, and weights of the drafter's own
     peak_bytes: Size
+    decode_joules: Annotated[float, Meta(ge=0, le=1e9)] | None = None  # this stream's share of the rounds until its end, as decode_s
 
     @property
     def tpot_s(self) -> float:
@@ -144,6 +145,7 @@ class CheckCell(Spec, kw_only=True):
     measured_tpot_s: Interval  # over texts
     measured_e2e_s: Interval
     measured_price_per_million_tokens: Interval | None = None
+    measured_joules_per_token: Interval | None = None  # None where the device counts no energy
     measured_round_s: Real  # mean over rounds
     measured_tokens_per_round: Real
     expected_tokens_per_round: Interval  # where that mean should lie, for as many texts as were run

@@ -143,6 +143,7 @@ def show_profile(profile: Profile, path: str | Path | None) -> None:
     gpu = [f"{clean(key)}={clean(value)}" for key, value in environment.gpu.items() if value not in (None, "")]
     lines = [
         ("Prefill", "; ".join(f"{sample.context_len} tokens in {_number(float(np.median(sample.seconds)))} s" for sample in profile.prefill)),
+        ("Energy", _energy(profile)),
         *_failed(profile),
         ("Machine", ", ".join(part for part in (load, busy, *gpu) if part)),
         ("Versions", f"planner {clean(environment.planner_version)}, torch {clean(environment.torch)}, {clean(environment.date)}"),
@@ -191,6 +192,12 @@ def show_check(check: Check, path: str | Path | None) -> None:
             Column("measured\n$ / 1M tokens", lambda cell: _optional(cell.measured_price_per_million_tokens)),
         ]
         groups.insert(1, price)
+    if any(cell.measured_joules_per_token is not None for cell in cells):
+        energy = [
+            Column("predicted\nJ / token", lambda cell: _optional(cell.predicted.joules_per_token)),
+            Column("measured\nJ / token", lambda cell: _optional(cell.measured_joules_per_token)),
+        ]
+        groups.append(energy)
     groups.append([Column("measured\nover choice %", lambda cell: "" if cell.role == "chosen" else _percent(cell.cost_over_choice))])
 
     def style(cell: CheckCell) -> str:
@@ -475,6 +482,13 @@ def _refused(plan: Plan) -> list[tuple[str, str]]:
 def _failed(profile: Profile) -> list[tuple[str, str]]:
     lines = [("Failed", f"{clean(failure.cell)}: {clean(failure.reason)}") for failure in profile.failures[:MAX_ROWS]]
     return lines + [("Failed", f"and {len(profile.failures) - MAX_ROWS} more")] * (len(profile.failures) > MAX_ROWS)
+
+
+def _energy(profile: Profile) -> str:
+    if not profile.energy:
+        return ""
+    watts = [sample.watts for sample in profile.energy]
+    return f"{_number(min(watts))} to {_number(max(watts))} W in {len(watts)} cells, by {clean(profile.energy_source)}"
 
 
 def _minutes(minutes: dict[str, float]) -> str:
