@@ -84,8 +84,8 @@ def made_profile(
         rounds += [timed(drafter, kv, k, context_len, batch) for context_len in contexts for drafter, kv in drafters for k in draft_lens]
     energy = [
         EnergySample(
-            drafter=r.drafter, kv=r.kv, draft_len=r.draft_len, context_len=r.context_len, batch=r.batch, rounds=20, seconds=20 * r.round_s.mean(),
-            joules=20 * r.round_s.mean() * watts(r.drafter, r.draft_len, r.context_len, r.batch),
+            drafter=r.drafter, kv=r.kv, draft_len=r.draft_len, context_len=r.context_len, batch=r.batch, rounds=20, seconds=float(20 * r.round_s.mean()),
+            joules=float(20 * r.round_s.mean()) * watts(r.drafter, r.draft_len, r.context_len, r.batch),
         )
         for r in (rounds if watts else [])
     ]  # fmt: skip
