@@ -101,6 +101,26 @@ class RoundSample(Spec, kw_only=True):
         return np.array(self.draft_s) + np.array(self.verify_s) + np.array(self.commit_s)
 
 
+class EnergySample(Spec, kw_only=True):
+    """What rounds of one configuration used, one after the other; every few rounds the text begins again, which is included.
+
+    The window lasts a second or longer and is cut where the device's counter ticks, so it is known to a round at either end.
+    """
+
+    drafter: DrafterSpec
+    kv: KVPolicy
+    draft_len: Natural
+    context_len: Count  # prompt tokens
+    batch: Count = 1  # streams side by side
+    rounds: Count
+    seconds: Annotated[float, Meta(gt=0, le=1e6)]
+    joules: Annotated[float, Meta(gt=0, le=1e9)]  # of the whole device, all streams
+
+    @property
+    def watts(self) -> float:
+        return self.joules / self.seconds
+
+
 class PrefillSample(Spec, kw_only=True):
     """Prompts processed one at a time."""
 
@@ -162,6 +182,8 @@ class Profile(Spec, kw_only=True):
     rounds: list[RoundSample]
     prefill: Annotated[list[PrefillSample], Meta(min_length=1)]
     memory: list[MemorySample]
+    energy: list[EnergySample] = []  # none where the device does not count it
+    energy_source: Name | None = None  # which counter, and what it counts
     failures: list[Failure] = []
     minutes: dict[Name, Annotated[float, Meta(ge=0, le=1e6)]]  # by stage
     warnings: list[Annotated[str, Meta(max_length=2000)]] = []

@@ -11,12 +11,12 @@ from msgspec import Meta
 
 from planner.files import read_bytes, write_whole
 from planner.measurements import Environment, Name, Natural, Seconds, decode_checked, encode
-from planner.specs import Count, DraftConfig, Size, Spec, Weights, Workload
+from planner.specs import Count, DraftConfig, Objective, Price, Size, Spec, Weights, Workload
 
 PLAN_SCHEMA_VERSION = 1
 CONFIDENCE = 0.90
+PER_MILLION_TOKENS = 1e6 / 3600  # price per hour x seconds per token -> price per million tokens
 
-Objective = Literal["e2e", "tpot"]
 Real = Annotated[float, Meta(ge=-1e15, le=1e15)]
 Sentence = Annotated[str, Meta(max_length=2000)]
 
@@ -53,6 +53,8 @@ class Estimate(Spec, kw_only=True):
     sd_rounds_per_token: Real  # between texts of output_len tokens, chance within a text included
     num_texts: Natural  # behind the acceptance
     notes: list[Sentence] = []  # interpolated, extrapolated, repetitive text
+    joules_per_token: Interval | None = None  # of decoding, after the first token; None where no energy was measured
+    price_per_million_tokens: Interval | None = None  # of output, prefill charged; None without a price per device-hour
 
 
 class Tie(Spec, kw_only=True):
@@ -84,6 +86,7 @@ class Plan(Spec, kw_only=True):
     source: Name
     workload: Workload
     objective: Objective
+    price_per_hour: Price | None = None
     memory_cap_bytes: Size | None
     chosen: DraftConfig
     estimate: Estimate
@@ -117,6 +120,7 @@ class Trial(Spec, kw_only=True):
     round_s: list[Seconds]  # up to the one in which this stream ended
     cache_bytes: Size  # caches, and weights of the drafter's own
     peak_bytes: Size
+    decode_joules: Annotated[float, Meta(ge=0, le=1e9)] | None = None  # this stream's share of the rounds until its end, as decode_s
 
     @property
     def tpot_s(self) -> float:
@@ -125,6 +129,11 @@ class Trial(Spec, kw_only=True):
     @property
     def e2e_s(self) -> float:
         return self.prefill_s + self.start_s + self.decode_s
+
+    @property
+    def device_s_per_token(self) -> float:
+        """Of the device's time, per token written: a prefill is its request's own, rounds are shared by the batch."""
+        return (self.prefill_s + self.start_s + self.decode_s / self.batch) / self.output_len
 
 
 class CheckCell(Spec, kw_only=True):
@@ -135,6 +144,8 @@ class CheckCell(Spec, kw_only=True):
     predicted: Estimate
     measured_tpot_s: Interval  # over texts
     measured_e2e_s: Interval
+    measured_price_per_million_tokens: Interval | None = None
+    measured_joules_per_token: Interval | None = None  # None where the device counts no energy
     measured_round_s: Real  # mean over rounds
     measured_tokens_per_round: Real
     expected_tokens_per_round: Interval  # where that mean should lie, for as many texts as were run

@@ -16,6 +16,11 @@ Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes
 DType = Literal["float32", "float16", "bfloat16"]
 Weights = Literal["full", "int8", "int4"]  # full: in the dtype the model was loaded in
 Execution = Literal["eager", "native", "cuda_graphs"]
+Objective = Literal["e2e", "tpot", "price"]
+MAX_PRICE = 1e9
+Price = Annotated[float, Meta(gt=0, le=MAX_PRICE)]  # of a device-hour, in any currency
+
+OBJECTIVES: dict[Objective, str] = {"e2e": "end-to-end time", "tpot": "time per token", "price": "price per token"}  # what each minimises
 
 Selection = Literal["window", "chunk", "snapkv", "retrieval"]
 Storage = Literal["retain", "evict"]

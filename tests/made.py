@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from tiny import tiny_spec
 
-from planner.measurements import AcceptanceSample, Environment, MemorySample, Packed, PrefillSample, Profile, RoundSample, Text
+from planner.measurements import AcceptanceSample, EnergySample, Environment, MemorySample, Packed, PrefillSample, Profile, RoundSample, Text
 from planner.specs import NO_DRAFTER, DeviceSpec, DrafterSpec, FullKV, KVPolicy, Sampler, SparseKV
 
 SELF_SPARSE, NGRAM = DrafterSpec(kind="self_sparse"), DrafterSpec(kind="ngram")
@@ -40,6 +40,7 @@ def made_profile(
     noise: float = 0.0,  # relative standard deviation of the timings
     noise_seed: int = 0,
     distinct_4grams: float = 1.0,
+    watts: Callable[[DrafterSpec, int, int, int], float] | None = None,  # (drafter, draft_len, context_len, batch); None: no energy was counted
     **changes,  # any field of Profile
 ) -> Profile:
     """The texts of a context and sampler are numbered 0, 1, .. for `accept`; every text is replayed with every drafter."""
@@ -81,6 +82,13 @@ def made_profile(
     for batch in laws:
         rounds += [timed(NO_DRAFTER, FullKV(), 0, context_len, batch) for context_len in contexts]
         rounds += [timed(drafter, kv, k, context_len, batch) for context_len in contexts for drafter, kv in drafters for k in draft_lens]
+    energy = [
+        EnergySample(
+            drafter=r.drafter, kv=r.kv, draft_len=r.draft_len, context_len=r.context_len, batch=r.batch, rounds=20, seconds=float(20 * r.round_s.mean()),
+            joules=float(20 * r.round_s.mean()) * watts(r.drafter, r.draft_len, r.context_len, r.batch),
+        )
+        for r in (rounds if watts else [])
+    ]  # fmt: skip
     rounds.append(timed(NO_DRAFTER, FullKV(), 0, contexts[0], min(laws), role="drift"))
     spec = tiny_spec()
     fields = dict(  # noqa: C408 - keywords read better
@@ -94,6 +102,6 @@ def made_profile(
         prefill=[PrefillSample(context_len=context_len, seconds=[1e-4 * context_len] * 3) for context_len in contexts],
         memory=[MemorySample(context_len=context_len, known_bytes=2**20,
             peak_bytes=2**20 + 1000 * context_len, base_bytes=2**16) for context_len in contexts],
-        minutes={"acceptance": 1.0, "latency": 1.0},
+        energy=energy, energy_source="made" if energy else None, minutes={"acceptance": 1.0, "latency": 1.0},
     )  # fmt: skip
     return Profile(**(fields | changes))

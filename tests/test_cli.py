@@ -24,6 +24,7 @@ def files(tmp_path_factory):
         "off": made_profile(accept=lambda kv, context_len, number: 0.0),
         "many": made_profile(contexts=(1024, 2048), samplers=[Sampler(), Sampler(temperature=1.0)]),
         "batched": made_profile(batches={1: linear_round_s, 4: linear_round_s}),
+        "metered": made_profile(drafters=two, contexts=(1024, 1100), watts=lambda drafter, draft_len, context_len, batch: 250.0 + draft_len),
         "warm": made_profile(samplers=[Sampler(temperature=1.0, top_p=1 - FIFTH)]),
     }
     paths = {name: folder / f"{name}.json" for name in made}
@@ -128,6 +129,40 @@ def test_an_estimate_agrees_with_the_plan(run):
     assert found["estimate"] == plan["estimate"] and found["baseline"] == plan["baseline"]
 
 
+def test_a_price_per_hour_prices_plans_and_estimates(run):
+    plan = json.loads(run("plan {good} --isl 1024 --objective price --price-per-hour 2.5 --json")[1])
+    assert (plan["objective"], plan["price_per_hour"]) == ("price", 2.5)
+    for estimate in (plan["estimate"], plan["baseline"], *plan["runners_up"]):
+        price = estimate["price_per_million_tokens"]
+        assert price["low"] <= price["value"] <= price["high"]
+        output_len = plan["workload"]["output_len"]
+        assert price["value"] == pytest.approx(estimate["e2e_s"]["value"] * 2.5 / 3600 / output_len * 1e6)  # one stream
+        assert estimate["joules_per_token"] is None
+    found = json.loads(run(f"estimate {{good}} --drafter ngram --draft-len {plan['chosen']['draft_len']} --isl 1024 --price-per-hour 2.5 --json")[1])
+    assert found["estimate"]["price_per_million_tokens"] == plan["estimate"]["price_per_million_tokens"]
+
+
+def test_prices_and_energy_are_shown_where_they_are_known_and_nowhere_else(run):
+    for line in ("plan {{{}}} --isl 1024 {}", "estimate {{{}}} --drafter ngram --draft-len 2 --isl 1024 {}"):
+        for profile, option, price, joules in (
+            ("good", "", False, False), ("good", "--price-per-hour 2", True, False), ("metered", "", False, True), ("metered", "--price-per-hour 2", True, True),
+        ):  # fmt: skip
+            code, out, err = run(line.format(profile, option))
+            assert (code, err, "$ / 1M tokens" in out, "J / token" in out) == (0, "", price, joules)
+    assert "times as cheap as plain decoding by price per token" in " ".join(
+        run("plan {good} --isl 1024 --objective price --price-per-hour 2")[1].split()
+    )
+
+
+def test_energy_per_token_stands_in_the_json(run):
+    plan = json.loads(run("plan {metered} --isl 1024 --json")[1])
+    for estimate in (plan["estimate"], plan["baseline"]):
+        watts = 250 + estimate["config"]["draft_len"]
+        assert estimate["joules_per_token"]["value"] == pytest.approx(watts * estimate["tpot_s"]["value"])
+        assert estimate["joules_per_token"]["low"] < estimate["joules_per_token"]["value"] < estimate["joules_per_token"]["high"]
+    assert plan["price_per_hour"] is None and plan["estimate"]["price_per_million_tokens"] is None
+
+
 def test_reports_for_people_go_to_stdout(run):
     for line in ("plan {good} --isl 1024", "estimate {good} --drafter ngram --draft-len 2 --isl 1024", "estimate {good} --drafter none --isl 1024"):
         code, out, err = run(line)
@@ -145,8 +180,10 @@ def test_choosing_off_is_a_success(run):
 def test_a_plan_is_written_whole(run, tmp_path):
     from planner.plans import load_plan
 
-    code, _, _ = run(f"plan {{good}} --isl 1024 -o {tmp_path}/plan.json")
-    assert code == 0 and load_plan(tmp_path / "plan.json").chosen.draft_len > 0
+    code, _, _ = run(f"plan {{metered}} --isl 1024 --price-per-hour 1e9 -o {tmp_path}/plan.json")
+    plan = load_plan(tmp_path / "plan.json")
+    assert code == 0 and plan.chosen.draft_len > 0 and plan.price_per_hour == 1e9
+    assert plan.estimate.price_per_million_tokens is not None and plan.estimate.joules_per_token is not None
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
@@ -179,7 +216,15 @@ BAD = {
     "plan {good} --isl 1024 --memory-cap 24gb": "unit",
     "plan {good} --isl 1024 --memory-cap -1GiB": "unit",
     "plan {good} --isl 1024 --memory-cap 1e400GiB": "positive",
-    "plan {good} --isl 1024 --objective speed": "objective",
+    "plan {good} --isl 1024 --objective speed": "one of e2e, tpot, price, got 'speed'",
+    "plan {good} --isl 1024 --objective price": "price of a device-hour, got none; give --price-per-hour",
+    "plan {good} --isl 1024 --price-per-hour 0": "positive and at most 1e.09, got 0",
+    "plan {good} --isl 1024 --price-per-hour -2.5": "positive",
+    "plan {good} --isl 1024 --price-per-hour nan": "positive",
+    "plan {good} --isl 1024 --price-per-hour inf": "positive",
+    "plan {good} --isl 1024 --price-per-hour 1e300": "positive and at most",
+    "estimate {good} --isl 1024 --drafter ngram --draft-len 1 --objective price": "--price-per-hour",
+    "estimate {good} --isl 1024 --drafter ngram --draft-len 1 --price-per-hour 0": "positive",
     "plan {good} --isl 1024 --max-concurrency 4": "batch 1, got 4; profile with `planner profile --batches 1,4`",
     "plan {batched} --isl 1024 --max-concurrency 5": "batch 1, 4, got 5; profile with `planner profile --batches 1,4,5`",
     "plan {good} --isl 1024 --max-concurrency 0": "batch|>= 1",

@@ -26,3 +26,12 @@ def test_a_shipped_profile_makes_a_plan_for_each_of_its_workloads(path):
             )
             assert plan.estimate.tpot_s.value <= plan.baseline.tpot_s.value
             assert plan.num_candidates > 1 and not plan.rejected
+            counted = bool(profile.energy)
+            assert all((e.joules_per_token is not None) == counted for e in (plan.estimate, plan.baseline, *plan.runners_up))
+
+
+def test_a_profile_from_before_energy_was_counted_is_read_and_has_none():
+    [old] = [path for path in FILES if path.parent.name == "intel-xeon-2-cores"]
+    assert b'"energy"' not in old.read_bytes()
+    profile = load_profile(old)
+    assert profile.energy == [] and profile.energy_source is None

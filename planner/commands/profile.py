@@ -14,6 +14,7 @@ from planner.errors import BadInput
 from planner.files import Journal, journal_path
 from planner.measurements import (
     AcceptanceSample,
+    EnergySample,
     Environment,
     Failure,
     MemorySample,
@@ -122,13 +123,14 @@ def measure(
     while not timing.complete:
         finish(timing.run(progress))
     again = timing.again()
+    energy = timing.energy(progress)
     minutes = {
         "rounds": sum(entry.minutes for entry in done if isinstance(entry, _PassDone)),
         "texts": sum(entry.minutes for entry in done if isinstance(entry, _TextsDone)),
         "other": (time.perf_counter() - began) / 60 - sum(entry.minutes for entry in done[num_earlier:]),
     }
-    found = _Measured(timing, again, [entry for entry in done if isinstance(entry, _TextsDone)], minutes)
-    return _profile(model, session, settings, device, environment, found, complaints(environment) + session.warnings + warnings)
+    found = _Measured(timing, again, [entry for entry in done if isinstance(entry, _TextsDone)], energy, minutes)
+    return _profile(model, session, settings, device, environment, found, complaints(environment) + session.warnings + warnings + energy.warnings)
 
 
 class _Measured(NamedTuple):
@@ -137,7 +139,16 @@ class _Measured(NamedTuple):
     timing: "_Timing"
     again: list[RoundSample]
     texts: list["_TextsDone"]
+    energy: "_Energy"
     minutes: dict[str, float]
+
+
+class _Energy(NamedTuple):
+    """What the device counted, by which counter, and what is missing."""
+
+    samples: list[EnergySample]
+    source: str | None
+    warnings: list[str]
 
 
 def _profile(
@@ -163,6 +174,8 @@ def _profile(
         rounds=found.timing.rounds + found.again,
         prefill=prefill,
         memory=[sample for entry in found.timing.passes[:1] for sample in entry.memory],
+        energy=found.energy.samples,
+        energy_source=found.energy.source,
         failures=found.timing.failures,
         minutes=found.minutes,
         warnings=warnings,
@@ -379,6 +392,35 @@ class _Timing:
         first = {self._settings.contexts[0]: self._grounds[self._settings.contexts[0]]}
         batch = self._settings.batches[0]
         return measure_pass(self._session.model, first, [PLAIN], self._sampler, seed=self._settings.seed, batch=batch, role="drift")[0]
+
+    def energy(self, progress: Progress) -> _Energy:
+        """One pass over all cells that could be timed. Not in the journal: a resumed profile does it again, in a second or two for each cell."""
+        from planner.profiler.energy import open_counter
+        from planner.profiler.latency import energy_pass
+
+        samples, skip = [], {failure.cell for failure in self.failures}
+        with open_counter(self._session.model.device) as (counter, warnings):
+            if counter is None:
+                return _Energy([], None, warnings)
+            progress.stage("energy", len(self._settings.batches))
+            cells = {batch: latency_cells(self._settings, batch) for batch in self._settings.batches}
+            try:
+                for batch, configs in cells.items():
+                    samples += energy_pass(
+                        self._session.model, self._grounds, configs, self._sampler, counter, seed=self._settings.seed, batch=batch, skip=skip
+                    )
+                    progress.advance()
+                    if not samples:
+                        break  # every cell waits a second for the counter to move
+            except OSError as error:  # minutes of measuring are not to be lost by it
+                warnings.append(f"the energy counter ({counter.name}) stopped answering: {error}")
+        missing = len(self._grounds) * sum(map(len, cells.values())) - len(samples) - len(skip)
+        if missing > 0:
+            warnings.append(
+                f"energy of {missing} cells is missing, the counter ({counter.name}) stood still or did not answer: "
+                "plans show J per token only where it is known"
+            )
+        return _Energy(samples, counter.name, warnings)
 
 
 def _measure_acceptance(

@@ -4,6 +4,8 @@ import gc
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -102,6 +104,18 @@ class PeakMemory:
         return psutil.Process().memory_info().rss
 
 
+@contextmanager
+def nvml_handle(device: torch.device) -> Iterator:
+    """NVML's handle of a CUDA device, while the context lasts."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        yield pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -114,9 +128,7 @@ def _read_gpu(device: torch.device) -> dict:
     """Clocks, power and neighbours through NVML. Not run without a GPU."""
     import pynvml
 
-    pynvml.nvmlInit()
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    with nvml_handle(device) as handle:
         reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
         harmless = pynvml.nvmlClocksEventReasonGpuIdle | pynvml.nvmlClocksEventReasonApplicationsClocksSetting
         others = [process for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if process.pid != os.getpid()]
@@ -129,5 +141,3 @@ def _read_gpu(device: torch.device) -> dict:
             "throttle_reasons": f"0x{reasons & ~harmless:x}" if reasons & ~harmless else None,
             "other_processes": len(others),
         }
-    finally:
-        pynvml.nvmlShutdown()

@@ -1,23 +1,29 @@
 """Whole rounds, timed in place: draft, verify and commit as they follow each other in the decode loop.
 
 Cells are measured in passes, a few rounds of every cell in turn, and the passes are spread over the profile, so that a
-slow minute hits all cells alike and none alone.
+slow minute hits all cells alike and none alone. Energy takes longer to show, and has a pass of its own.
 
 B  streams side by side
 """
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import torch
 
-from planner.measurements import Failure, RoundSample
-from planner.profiler.timer import PhaseTimer
-from planner.runtime.decode import decode
+from planner.measurements import EnergySample, Failure, RoundSample
+from planner.profiler.energy import Counter, measure_energy
+from planner.profiler.timer import PhaseTimer, synchronize
+from planner.runtime.decode import Round, decode
 from planner.runtime.drafters import make_drafter
+from planner.runtime.drafters.protocol import Drafter
 from planner.runtime.kv_cache import KVCache
 from planner.runtime.model import Transformer
 from planner.specs import DraftConfig, Sampler, describe
+
+Sample = TypeVar("Sample")
 
 PASSES, ROUNDS_PER_PASS, WARMUP_ROUNDS = 4, 5, 2  # a graph is captured at the second pass of its shape
 
@@ -45,6 +51,40 @@ def measure_pass(
 
     A batch is the same prompt in every stream; they go different ways from the first token on, as their generators differ.
     """
+
+    def timed(streams: Ground, context_len: int, config: DraftConfig) -> RoundSample:
+        return _measure_cell(model, streams, context_len, config, sampler, seed, role)
+
+    return _over_cells(model, grounds, configs, batch, skip, timed)
+
+
+def energy_pass(
+    model: Transformer,
+    grounds: dict[int, Ground],  # by context, one stream each
+    configs: list[DraftConfig],
+    sampler: Sampler,
+    counter: Counter,
+    *,
+    seed: int,
+    batch: int,
+    skip: set[str] = frozenset(),  # cells that failed before
+) -> list[EnergySample]:
+    """What rounds of every configuration use, each for a second or longer; none of a cell at which the counter stands still."""
+
+    def counted(streams: Ground, context_len: int, config: DraftConfig) -> EnergySample | None:
+        return _energy_of(model, streams, context_len, config, sampler, seed, counter)
+
+    return [sample for sample in _over_cells(model, grounds, configs, batch, skip, counted)[0] if sample]
+
+
+def _over_cells(
+    model: Transformer,
+    grounds: dict[int, Ground],
+    configs: list[DraftConfig],
+    batch: int,
+    skip: set[str],
+    measure: Callable[[Ground, int, DraftConfig], Sample],
+) -> tuple[list[Sample], list[Failure]]:
     samples, failures = [], []
     for context_len, ground in grounds.items():
         streams = None  # the copies of one context at a time, made inside `try`: the batch may not fit
@@ -54,7 +94,7 @@ def measure_pass(
                 continue
             try:
                 streams = streams or side_by_side(model, ground, batch)
-                samples.append(_measure_cell(model, streams, context_len, config, sampler, seed, role))
+                samples.append(measure(streams, context_len, config))
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -96,13 +136,7 @@ def _measure_cell(
 ) -> RoundSample:  # fmt: skip
     wanted, batch = WARMUP_ROUNDS + ROUNDS_PER_PASS, len(ground.cache.lengths)
     timer = PhaseTimer(model.device)
-    ground.cache.truncate(len(ground.prompt))
-    rounds = decode(
-        model, ground.cache, [ground.prompt] * batch, ground.first_logits, make_drafter(config, model, batch=batch), draft_len=config.draft_len,
-        sampler=sampler, generators=[torch.Generator(device=model.device).manual_seed(seed + 1000 * b) for b in range(batch)], mark=timer.mark,
-        # room for every draft of every round, so that none is cut short by the end of the output
-        max_new_tokens=1 + (wanted + 1) * (config.draft_len + 1),
-    )  # fmt: skip
+    rounds = _decode(model, ground, config, make_drafter(config, model, batch=batch), sampler, seed, timer.mark)
     next(rounds)  # the first token
     position, drafted = [], []
     for _ in range(wanted):
@@ -125,6 +159,40 @@ def _measure_cell(
         warmup_s=whole[:WARMUP_ROUNDS],
         start_s=times["select"],
     )
+
+
+def _energy_of(
+    model: Transformer, ground: Ground, context_len: int, config: DraftConfig, sampler: Sampler, seed: int, counter: Counter
+) -> EnergySample | None:  # fmt: skip
+    """The same rounds as are timed, from the prompt again whenever they are over."""
+    batch = len(ground.cache.lengths)
+    drafter = make_drafter(config, model, batch=batch)
+
+    def forever() -> Iterator[Round]:
+        for again in itertools.count():
+            rounds = _decode(model, ground, config, drafter, sampler, seed + again, lambda phase: None)
+            next(rounds)  # the first token
+            yield from itertools.islice(rounds, WARMUP_ROUNDS + ROUNDS_PER_PASS)
+
+    rounds = forever()
+    used = measure_energy(counter, lambda: next(rounds), lambda: synchronize(model.device))
+    if used is None:
+        return None
+    return EnergySample(drafter=config.drafter, kv=config.kv, draft_len=config.draft_len, context_len=context_len, batch=batch, **used._asdict())
+
+
+def _decode(
+    model: Transformer, ground: Ground, config: DraftConfig, drafter: Drafter, sampler: Sampler, seed: int, mark: Callable[[str], None]
+) -> Iterator[Round]:  # fmt: skip
+    """The rounds of a cell from its prompt on: the first token, then as many as a pass runs."""
+    batch = len(ground.cache.lengths)
+    ground.cache.truncate(len(ground.prompt))
+    return decode(
+        model, ground.cache, [ground.prompt] * batch, ground.first_logits, drafter, draft_len=config.draft_len,
+        sampler=sampler, generators=[torch.Generator(device=model.device).manual_seed(seed + 1000 * b) for b in range(batch)], mark=mark,
+        # room for every draft of every round, so that none is cut short by the end of the output
+        max_new_tokens=1 + (WARMUP_ROUNDS + ROUNDS_PER_PASS + 1) * (config.draft_len + 1),
+    )  # fmt: skip
 
 
 def rounds_room(draft_len: int) -> int:

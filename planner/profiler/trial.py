@@ -10,6 +10,7 @@ import torch
 
 from planner.plans import Trial
 from planner.profiler.device import PeakMemory
+from planner.profiler.energy import Counter
 from planner.profiler.texts import Prompt
 from planner.profiler.timer import PhaseTimer, synchronize
 from planner.runtime.decode import cache_capacity, decode
@@ -33,6 +34,7 @@ def run_trials(
     batch: int = 1,
     skip: set[tuple[str, DraftConfig]] = frozenset(),  # (prompt key, arm) that are known already
     warm: bool = True,
+    counter: Counter | None = None,  # of energy
 ) -> Iterator[Trial]:
     """Decode every prompt with every arm, `batch` prompts side by side, one trial for each prompt and arm.
 
@@ -54,7 +56,7 @@ def run_trials(
             warm = False
         shift = number % len(todo)
         for config in todo[shift:] + todo[:shift]:
-            trials = _decode(model, ground, config, sampler, output_len, stop_tokens, seed + first)
+            trials = _decode(model, ground, config, sampler, output_len, stop_tokens, seed + first, counter)
             yield from (trial for trial in trials if (trial.text, config) not in skip)
 
 
@@ -79,7 +81,8 @@ def _prefilled(model: Transformer, prompts: list[Prompt], capacity: int) -> _Gro
 
 
 def _decode(
-    model: Transformer, ground: _Ground, config: DraftConfig, sampler: Sampler, output_len: int, stop_tokens: tuple[int, ...], seed: int
+    model: Transformer, ground: _Ground, config: DraftConfig, sampler: Sampler, output_len: int, stop_tokens: tuple[int, ...], seed: int,
+    counter: Counter | None = None,
 ) -> list[Trial]:  # fmt: skip
     """One decode of all prompts of a group: a trial for each.
 
@@ -100,14 +103,19 @@ def _decode(
     )  # fmt: skip
     next(rounds)  # the first token
     first = synchronize(model.device)
+    joules_before = counter.read() if counter else 0.0
+    resumed = synchronize(model.device)
     done = list(rounds)
-    decode_s = synchronize(model.device) - first
+    decode_s = synchronize(model.device) - resumed
+    joules = counter.read() - joules_before if counter else None
     phases = timer.seconds()
     round_s = [sum(parts) for parts in zip(*(phases.get(phase, []) for phase in ("draft", "verify", "commit")))]
     peak_bytes = memory.read()
     trials = []
     for b, prompt in enumerate(ground.prompts):
         own = [round_ for round_ in done if round_.tokens[b]]  # a running stream emits in every round
+        # what lies between rounds is shared out over them; a stream that runs to the end has all of it
+        share = sum(round_s[: len(own)]) / sum(round_s) if own else 0.0
         trials.append(
             Trial(
                 config=config,
@@ -116,8 +124,8 @@ def _decode(
                 output_len=1 + sum(len(round_.tokens[b]) for round_ in own),
                 prefill_s=ground.prefill_s[b],
                 start_s=(first - begin) / B,  # drafters look at one prompt after the other
-                # what lies between rounds is shared out over them; a stream that runs to the end has all of it
-                decode_s=decode_s * sum(round_s[: len(own)]) / sum(round_s) if own else 0.0,
+                decode_s=decode_s * share,
+                decode_joules=None if joules is None or joules < 0 else joules * share / B,
                 drafted=[round_.drafted[b] for round_ in own],
                 accepted=[round_.accepted[b] for round_ in own],
                 round_s=round_s[: len(own)],

@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.measurements import MIN_DISTINCT_4GRAMS, Profile, RoundSample
-from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Objective, Plan, Sweep, SweepCell
-from planner.specs import DrafterSpec, KVPolicy, SparseKV, describe, describe_drafter, describe_kv, describe_sampler, describe_workload
+from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Plan, Sweep, SweepCell
+from planner.specs import OBJECTIVES, DrafterSpec, KVPolicy, SparseKV, describe, describe_drafter, describe_kv, describe_sampler, describe_workload
 from planner.units import format_bytes
 
 MAX_ROWS = 6  # reasons of refusal, or failures, before "and N more"
@@ -33,7 +33,6 @@ HASH_CHARS = 12  # of a sha256, enough to recognise a file
 REFRESH_S = 0.1
 GAP = 2  # spaces between columns; rich puts one of them
 RULE = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # a line below the header, in any encoding
-OBJECTIVE_NAMES: dict[Objective, str] = {"e2e": "end-to-end time", "tpot": "time per token"}
 
 
 # What everything goes through
@@ -76,7 +75,7 @@ def show_plan(plan: Plan, path: str | Path | None) -> None:
     """The choice, what it is compared with, why, and last the line to paste."""
     console = _console()
     cap = "no memory cap" if plan.memory_cap_bytes is None else f"memory cap {format_bytes(plan.memory_cap_bytes)}"
-    objective = f"objective {OBJECTIVE_NAMES[plan.objective]}"
+    objective = f"objective {OBJECTIVES[plan.objective]}"
     _title(
         console, f"Plan for {clean(plan.model)} ({clean(plan.dtype)}) on {clean(plan.device)}: {describe_workload(plan.workload)}; {objective}; {cap}"
     )
@@ -144,6 +143,7 @@ def show_profile(profile: Profile, path: str | Path | None) -> None:
     gpu = [f"{clean(key)}={clean(value)}" for key, value in environment.gpu.items() if value not in (None, "")]
     lines = [
         ("Prefill", "; ".join(f"{sample.context_len} tokens in {_number(float(np.median(sample.seconds)))} s" for sample in profile.prefill)),
+        ("Energy", _energy(profile)),
         *_failed(profile),
         ("Machine", ", ".join(part for part in (load, busy, *gpu) if part)),
         ("Versions", f"planner {clean(environment.planner_version)}, torch {clean(environment.torch)}, {clean(environment.date)}"),
@@ -158,7 +158,7 @@ def show_check(check: Check, path: str | Path | None) -> None:
     show_warnings(check.warnings)
     batch = max(trial.batch for cell in check.cells for trial in cell.trials)
     groups_of = f", {batch} side by side" * (batch > 1)
-    _title(console, f"Check on {check.num_texts} texts{groups_of}; objective {OBJECTIVE_NAMES[check.objective]}")
+    _title(console, f"Check on {check.num_texts} texts{groups_of}; objective {OBJECTIVES[check.objective]}")
     cells = sorted(check.cells, key=lambda cell: (cell.role != "baseline", cell.role != "chosen"))  # stable: runners-up stay in order
     config = [Column("configuration", lambda cell: describe(cell.config), right=False)]
     groups = [
@@ -186,6 +186,18 @@ def show_check(check: Check, path: str | Path | None) -> None:
             Column("measured\nend-to-end s", lambda cell: _range(cell.measured_e2e_s)),
         ]
         groups.insert(1, end_to_end)
+    if any(cell.measured_price_per_million_tokens is not None for cell in cells):
+        price = [
+            Column("predicted\n$ / 1M tokens", lambda cell: _optional(cell.predicted.price_per_million_tokens)),
+            Column("measured\n$ / 1M tokens", lambda cell: _optional(cell.measured_price_per_million_tokens)),
+        ]
+        groups.insert(1, price)
+    if any(cell.measured_joules_per_token is not None for cell in cells):
+        energy = [
+            Column("predicted\nJ / token", lambda cell: _optional(cell.predicted.joules_per_token)),
+            Column("measured\nJ / token", lambda cell: _optional(cell.measured_joules_per_token)),
+        ]
+        groups.append(energy)
     groups.append([Column("measured\nover choice %", lambda cell: "" if cell.role == "chosen" else _percent(cell.cost_over_choice))])
 
     def style(cell: CheckCell) -> str:
@@ -195,7 +207,7 @@ def show_check(check: Check, path: str | Path | None) -> None:
     _lines(
         console,
         [
-            ("Regret", f"{_percent(check.regret)} % of {OBJECTIVE_NAMES[check.objective]} against the best measured, {describe(check.best)}"),
+            ("Regret", f"{_percent(check.regret)} % of {OBJECTIVES[check.objective]} against the best measured, {describe(check.best)}"),
             ("PASS" if check.passed else "FAIL", clean(check.verdict)),
             ("Minutes", f"{check.minutes:.1f}"),
             *_saved(path),
@@ -366,6 +378,12 @@ def _show_estimates(console: Console, estimates: list[Estimate], roles: Sequence
         ],
         [Column("TTFT s", lambda row: _range(row[0].ttft_s)), Column("memory", lambda row: _memory(row[0].memory_bytes))],
     ]
+    costs = [
+        Column("$ / 1M tokens", lambda row: _optional(row[0].price_per_million_tokens)),
+        Column("J / token", lambda row: _optional(row[0].joules_per_token)),
+    ]
+    known = [column for column in costs if any(column.cell(row) for row in rows)]
+    groups += [known] if known else []
     _show_table(console, keys, groups, rows, lambda row: "bold" if row[1] == "choice" else "")
 
 
@@ -436,7 +454,8 @@ def _context_columns() -> list[Column]:
 def _choice(plan: Plan) -> str:
     if plan.chosen.draft_len > 0:
         return (
-            f"{describe(plan.chosen)}: {_range(plan.speedup, decimals=2)} times as fast as plain decoding by {OBJECTIVE_NAMES[plan.objective]}, "
+            f"{describe(plan.chosen)}: {_range(plan.speedup, decimals=2)} times as {'cheap' if plan.objective == 'price' else 'fast'} "
+            f"as plain decoding by {OBJECTIVES[plan.objective]}, "
             f"the best of {plan.num_candidates} configurations"
         )
     if plan.best_speculative is None:
@@ -463,6 +482,13 @@ def _refused(plan: Plan) -> list[tuple[str, str]]:
 def _failed(profile: Profile) -> list[tuple[str, str]]:
     lines = [("Failed", f"{clean(failure.cell)}: {clean(failure.reason)}") for failure in profile.failures[:MAX_ROWS]]
     return lines + [("Failed", f"and {len(profile.failures) - MAX_ROWS} more")] * (len(profile.failures) > MAX_ROWS)
+
+
+def _energy(profile: Profile) -> str:
+    if not profile.energy:
+        return ""
+    watts = [sample.watts for sample in profile.energy]
+    return f"{_number(min(watts))} to {_number(max(watts))} W in {len(watts)} cells, by {clean(profile.energy_source)}"
 
 
 def _minutes(minutes: dict[str, float]) -> str:
@@ -503,6 +529,10 @@ def _range(interval: Interval, scale: float = 1.0, decimals: int | None = None) 
     decimals = _decimals(value) if decimals is None else decimals
     shown = f"{value:.{decimals}f}"
     return shown if low == value == high else f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _optional(interval: Interval | None) -> str:
+    return "" if interval is None else _range(interval)
 
 
 def _percent(interval: Interval) -> str:

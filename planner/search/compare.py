@@ -9,18 +9,23 @@ import numpy as np
 from scipy import stats
 
 from planner.errors import BadInput
-from planner.plans import CONFIDENCE, Interval, Objective, Trial
-from planner.specs import DraftConfig
+from planner.plans import CONFIDENCE, Interval, Trial
+from planner.specs import DraftConfig, Objective
 
 
 def objective_by_text(trials: list[Trial], objective: Objective) -> dict[DraftConfig, dict[str, float]]:
-    """Seconds by configuration and text. A text that ended with its first token has no time per later token."""
+    """Seconds by configuration and text. A text that ended with its first token has no time per later token.
+
+    Price counts the tokens that a text really has, and end-to-end time does not: where stop tokens end texts at
+    different lengths, the two part.
+    """
+    seconds = {"e2e": Trial.e2e_s, "tpot": Trial.tpot_s, "price": Trial.device_s_per_token}[objective].fget
     table: dict[DraftConfig, dict[str, float]] = {}
     for trial in trials:
         if trial.output_len < 2:
             table.setdefault(trial.config, {})
             continue
-        table.setdefault(trial.config, {})[trial.text] = trial.tpot_s if objective == "tpot" else trial.e2e_s
+        table.setdefault(trial.config, {})[trial.text] = seconds(trial)
     return table
 
 

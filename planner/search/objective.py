@@ -13,12 +13,13 @@ import numpy as np
 from scipy.special import ndtri, stdtrit  # not scipy.stats, which is slow to import
 
 from planner.cost.acceptance import AcceptanceModel, context_weights, fit_acceptance
+from planner.cost.energy import PowerModel, fit_power
 from planner.cost.latency import LatencyModel, fit_latency
 from planner.cost.memory import largest_budget, resident_bytes
 from planner.errors import BadInput
 from planner.measurements import Profile
-from planner.plans import CONFIDENCE, Estimate, Interval, Objective
-from planner.specs import DraftConfig, SparseKV, Workload
+from planner.plans import CONFIDENCE, PER_MILLION_TOKENS, Estimate, Interval
+from planner.specs import DraftConfig, Objective, SparseKV, Workload
 from planner.units import format_bytes
 
 
@@ -28,23 +29,28 @@ class Models(NamedTuple):
     profile: Profile
     acceptance: AcceptanceModel
     latency: LatencyModel
+    power: PowerModel
 
 
 class Prediction(NamedTuple):
     """Time per token of one configuration, in the pieces that comparisons need."""
 
     estimate: Estimate
+    workload: Workload
     per_text: list[tuple[float, np.ndarray, np.ndarray]]  # weight of a context, its texts, TPOT on each
     left_out: np.ndarray  # [J] mean TPOT under each fit with a cell left out
     error: float  # relative, of a round time that was not measured itself
 
 
 def fit_models(profile: Profile) -> Models:
-    return Models(profile, fit_acceptance(profile), fit_latency(profile))
+    return Models(profile, fit_acceptance(profile), fit_latency(profile), fit_power(profile))
 
 
-def predict(models: Models, config: DraftConfig, workload: Workload) -> Prediction:
-    """The estimate of one configuration; BadInput where the profile says nothing about it."""
+def predict(models: Models, config: DraftConfig, workload: Workload, price_per_hour: float | None = None) -> Prediction:
+    """The estimate of one configuration; BadInput where the profile says nothing about it.
+
+    price_per_hour  of the device, in any currency; with it the estimate has a price
+    """
     profile, latency = models.profile, models.latency
     if workload.context_len + workload.output_len > profile.target.max_context_len:
         raise BadInput(
@@ -72,26 +78,36 @@ def predict(models: Models, config: DraftConfig, workload: Workload) -> Predicti
     error = latency.plain_error(workload.batch) if config.draft_len == 0 else latency.error(workload.batch)
     latency_variance = _jackknife(means[1:]) + (tpot * error) ** 2 + (tpot * latency.unsteadiness) ** 2
     half = _quantile(num_texts)
-    tpot_s = _interval(tpot, half * math.sqrt(text_variance + latency_variance))
+    tpot_sd = math.sqrt(text_variance + latency_variance)
     ttft, ttft_sd = latency.ttft_s(config, workload.context_len)
-    later = workload.output_len - 1
-    e2e_half = half * math.sqrt(ttft_sd**2 + later**2 * (text_variance + latency_variance))
+
+    def seconds(objective: Objective) -> Interval:
+        firsts, laters = weights(objective, workload)
+        return _interval(firsts * ttft + laters * tpot, half * math.hypot(firsts * ttft_sd, laters * tpot_sd))
+
+    power = models.power.watts(config, workload.context_len, workload.batch)
+    joules = None
+    if power is not None:  # rounds are those of all streams, and so is what they use
+        value = power.watts * tpot / workload.batch
+        joules = _interval(value, half * value * math.hypot(power.error, tpot_sd / tpot))
     mean_round = tpot / rounds_per_token
     one = Interval(value=1.0, low=1.0, high=1.0)
     estimate = Estimate(
         config=config,
         tokens_per_round=_inverse(_interval(rounds_per_token, half * rounds_se)),
         round_s=_interval(mean_round, half * math.sqrt(latency_variance) / rounds_per_token),
-        tpot_s=tpot_s,
+        tpot_s=seconds("tpot"),
         ttft_s=_interval(ttft, half * ttft_sd),
-        e2e_s=_interval(ttft + later * tpot, e2e_half),
+        e2e_s=seconds("e2e"),
         memory_bytes=resident_bytes(profile, config, workload),
         speedup=one,
         sd_rounds_per_token=sd_rounds,
         num_texts=num_texts,
         notes=notes + latency.notes(workload.batch),
+        joules_per_token=joules,
+        price_per_million_tokens=None if price_per_hour is None else seconds("price").scaled(price_per_hour * PER_MILLION_TOKENS),
     )
-    return Prediction(estimate, per_text, means[1:], error)
+    return Prediction(estimate, workload, per_text, means[1:], error)
 
 
 def with_speedup(prediction: Prediction, baseline: Prediction, objective: Objective) -> Prediction:
@@ -105,11 +121,11 @@ def with_speedup(prediction: Prediction, baseline: Prediction, objective: Object
 
 def difference(a: Prediction, b: Prediction, objective: Objective) -> Interval:
     """objective(a) / objective(b) - 1, on the same texts and the same left-out cells."""
-    value_a, value_b = objective_s(a.estimate, objective), objective_s(b.estimate, objective)
-    tokens = 1.0 if objective == "tpot" else (b.estimate.e2e_s.value - b.estimate.ttft_s.value) / b.estimate.tpot_s.value
+    value_a, value_b = objective_s(a, objective), objective_s(b, objective)
+    _, laters = weights(objective, b.workload)
     texts, rest = _difference_variance(a, b)
     num_texts = min((e.num_texts for e in (a.estimate, b.estimate) if e.num_texts), default=0)
-    ratio = _interval(value_a / value_b, _quantile(num_texts) * tokens / value_b * math.sqrt(texts + rest))
+    ratio = _interval(value_a / value_b, _quantile(num_texts) * laters / value_b * math.sqrt(texts + rest))
     return Interval(value=ratio.value - 1, low=ratio.low - 1, high=ratio.high - 1)
 
 
@@ -119,9 +135,27 @@ def text_share(a: Prediction, b: Prediction) -> float:
     return texts / (texts + rest) if texts + rest > 0 else 0.0
 
 
-def objective_s(estimate: Estimate, objective: Objective) -> float:
-    """The number that is minimised."""
-    return (estimate.tpot_s if objective == "tpot" else estimate.e2e_s).value
+def objective_s(prediction: Prediction, objective: Objective) -> float:
+    """The number that is minimised, in seconds: a price is the device's time, whatever an hour of it costs."""
+    firsts, laters = weights(objective, prediction.workload)
+    return firsts * prediction.estimate.ttft_s.value + laters * prediction.estimate.tpot_s.value
+
+
+def weights(objective: Objective, workload: Workload) -> tuple[float, float]:
+    """What an objective is made of: so many times TTFT, and so many times TPOT.
+
+    Price is the device's time per output token. A prompt is prefilled by itself, so each request is charged the whole of
+    its TTFT; a round serves the batch, so a request is charged its share. With one stream that is end-to-end time over
+    output_len, and both objectives order configurations alike.
+    """
+    later = workload.output_len - 1
+    match objective:
+        case "tpot":
+            return 0.0, 1.0
+        case "e2e":
+            return 1.0, float(later)
+        case "price":
+            return 1 / workload.output_len, later / workload.batch / workload.output_len
 
 
 def refusal(models: Models, prediction: Prediction, workload: Workload, cap_bytes: int | None) -> str | None:

@@ -9,28 +9,36 @@ import shlex
 import planner
 from planner.errors import BadInput
 from planner.measurements import Profile
-from planner.plans import Interval, Objective, Plan, Rejected, Tie
+from planner.plans import Interval, Plan, Rejected, Tie
 from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict, refusal, text_share, with_speedup
-from planner.specs import PLAIN, DraftConfig, SparseKV, Workload
+from planner.specs import PLAIN, DraftConfig, Objective, SparseKV, Workload
 
 NUM_RUNNERS_UP = 3
 MAX_TIES = 5
 NEGLIGIBLE = 0.01  # relative difference that nobody should spend a measurement on
 
 
-def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, objective: Objective, memory_cap_bytes: int | None) -> Plan:
+def make_plan(
+    profile: Profile,
+    profile_sha256: str,
+    workload: Workload,
+    *,
+    objective: Objective,
+    memory_cap_bytes: int | None,
+    price_per_hour: float | None = None,
+) -> Plan:
     """The best configuration of a profile for a workload. Off is a candidate like any other.
 
     BadInput if the profile does not cover the workload or nothing fits under the cap, plain decoding included.
     """
     models = fit_models(profile)
-    baseline = predict(models, PLAIN, workload)
+    baseline = predict(models, PLAIN, workload, price_per_hour)
     if reason := refusal(models, baseline, workload, memory_cap_bytes):
         raise BadInput(f"plain decoding alone {reason}; raise --memory-cap, shorten the context or use a smaller model")
     feasible, refused, unanswered = [baseline], [], []
     for config in candidates(models):
         try:
-            prediction = with_speedup(predict(models, config, workload), baseline, objective)
+            prediction = with_speedup(predict(models, config, workload, price_per_hour), baseline, objective)
         except BadInput as error:
             unanswered.append(Rejected(config=config, reason=str(error)))
             continue
@@ -42,7 +50,7 @@ def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, obje
         raise BadInput(unanswered[0].reason)  # not a single drafter was profiled for this workload
     rejected = refused + unanswered
 
-    feasible.sort(key=lambda prediction: objective_s(prediction.estimate, objective))
+    feasible.sort(key=lambda prediction: objective_s(prediction, objective))
     chosen = feasible[0]
     others = feasible[1:]
     speculative = next((p for p in feasible if p.estimate.config.draft_len > 0), None)
@@ -58,6 +66,7 @@ def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, obje
         source=profile.source,
         workload=workload,
         objective=objective,
+        price_per_hour=price_per_hour,
         memory_cap_bytes=memory_cap_bytes,
         chosen=chosen.estimate.config,
         estimate=chosen.estimate,

@@ -121,6 +121,28 @@ def test_a_stream_pays_for_its_rounds_up_to_its_end(run, config):
         assert found.tpot_s == found.decode_s / max(1, found.output_len - 1)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_decode_is_charged_what_the_counter_moved_in_equal_shares(model, batch):
+    class Counter:
+        name, reads = "made", 0
+
+        def read(self) -> float:
+            self.reads += 1
+            return 1000 + 12.0 * (self.reads // 2)  # 12 J between a reading and the next but one
+
+    counter = Counter()
+    found = list(
+        run_trials(model, prompts(batch), [PLAIN, LOOKUP], GREEDY, output_len=4, stop_tokens=(), seed=0, batch=batch, warm=False, counter=counter)
+    )
+    assert counter.reads == 4  # before and after each arm
+    for config in (PLAIN, LOOKUP):
+        own = [t for t in found if t.config == config]
+        shares = [sum(t.round_s) / max(sum(other.round_s) for other in own) for t in own]
+        assert [t.decode_joules for t in own] == pytest.approx([12 * share / batch for share in shares])
+    bare = run_trials(model, prompts(1), [PLAIN], GREEDY, output_len=4, stop_tokens=(), seed=0, warm=False)
+    assert [t.decode_joules for t in bare] == [None]
+
+
 def test_every_stream_has_a_prefill_of_its_own_and_its_share_of_the_start(run):
     trials, _ = run(prompts(4), [WINDOW], batch=4)
     assert len({t.prefill_s for t in trials.values()}) == 4

@@ -282,6 +282,19 @@ def test_a_check_keeps_predicted_and_measured_apart(capsys, width):
     assert "FAIL" in out and "PASS" not in out and "end-to-end" not in out
 
 
+def test_a_check_shows_prices_and_energy_where_they_were_measured(capsys, width):
+    cell = a_check_cell(PLAIN, "baseline", 0.0531)
+    predicted = msgspec.structs.replace(cell.predicted, price_per_million_tokens=around(4.56), joules_per_token=around(1.23))
+    cell = msgspec.structs.replace(cell, predicted=predicted, measured_price_per_million_tokens=around(4.71), measured_joules_per_token=around(1.31))
+    terminal.show_check(a_check(cells=[cell, a_check_cell(CHOICE, "chosen", 0.0321)]), None)
+    out = capsys.readouterr().out
+    assert out.count("$ / 1M tokens") == out.count("J / token") == 2
+    assert all(shown(around(value), 1, 2) in cells(out, PLAIN) for value in (4.56, 4.71, 1.23, 1.31))
+    terminal.show_check(a_check(), None)
+    out = capsys.readouterr().out
+    assert "$" not in out and "J / token" not in out
+
+
 def test_a_sweep_is_sorted_by_tpot_behind_off(capsys, width):
     sweep = a_sweep()
     terminal.show_sweep(sweep, "sweep.json")

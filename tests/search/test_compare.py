@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 from made import SELF_SPARSE
@@ -118,6 +119,20 @@ def test_objectives_read_their_own_seconds():
     trials = [trial(PLAIN, "x", decode_s=2.0), trial(A, "x", decode_s=1.0), trial(A, "y", decode_s=3.0)]
     assert objective_by_text(trials, "tpot") == {PLAIN: {"x": pytest.approx(0.2)}, A: {"x": pytest.approx(0.1), "y": pytest.approx(0.3)}}
     assert objective_by_text(trials, "e2e") == {PLAIN: {"x": 3.5}, A: {"x": 2.5, "y": 4.5}}
+
+
+def test_price_is_the_device_time_of_a_token_rounds_shared_by_the_batch():
+    alone = trial(A, "x", decode_s=2.0)
+    in_four = msgspec.structs.replace(alone, batch=4)
+    assert objective_by_text([alone], "price") == {A: {"x": pytest.approx(3.5 / 11)}}
+    assert objective_by_text([in_four], "price") == {A: {"x": pytest.approx((1.5 + 2.0 / 4) / 11)}}
+
+
+def test_regret_in_price_is_regret_in_end_to_end_time_for_one_stream():
+    rng = np.random.default_rng(0)
+    trials = [trial(config, f"t{i}", decode_s=cost * rng.uniform(1, 1.1)) for config, cost in ((A, 1.0), (B, 1.1), (C, 0.9)) for i in range(6)]
+    price, e2e = (regret(objective_by_text(trials, goal), A) for goal in ("price", "e2e"))
+    assert [price.low, price.value, price.high] == pytest.approx([e2e.low, e2e.value, e2e.high])
 
 
 def test_the_best_choice_is_shown_to_be_within_epsilon_with_enough_texts():

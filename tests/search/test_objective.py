@@ -109,11 +109,46 @@ def test_plain_decoding_writes_one_token_per_round(models):
     assert found.speedup.value == 1 and found.num_texts == 0
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("config", [PLAIN, sparse(2)], ids=str)
+def test_a_price_is_that_of_the_device_seconds_of_a_request_over_its_tokens(batched, config, batch):
+    """A prefill for each request, one after the other; rounds for all of the batch at once."""
+    found = predict(batched, config, workload(batch=batch), 7.2).estimate
+    requests_s = batch * found.ttft_s.value + (OUTPUT - 1) * found.tpot_s.value
+    assert found.price_per_million_tokens.value == pytest.approx(7.2 / 3600 * requests_s / (batch * OUTPUT) * 1e6)
+    e2e, price = found.e2e_s, found.price_per_million_tokens
+    if batch == 1:
+        assert [price.low / price.value, price.high / price.value] == pytest.approx([e2e.low / e2e.value, e2e.high / e2e.value])
+    assert price.low < price.value < price.high or config == PLAIN  # timed without noise, at this very place
+    twice = predict(batched, config, workload(batch=batch), 14.4).estimate.price_per_million_tokens
+    for bound in ("low", "value", "high"):
+        assert getattr(twice, bound) == pytest.approx(2 * getattr(found.price_per_million_tokens, bound))
+    assert predict(batched, config, workload(batch=batch)).estimate == msgspec.structs.replace(found, price_per_million_tokens=None)
+
+
+def test_the_price_of_decoding_is_shared_by_the_batch():
+    """The same rounds at both batches, and a prefill that costs nothing to speak of: a fourth of the price."""
+    profile = made_profile(batches={1: linear_round_s, 4: linear_round_s}, contexts=(1024,))
+    free = [msgspec.structs.replace(sample, seconds=[1e-9]) for sample in profile.prefill]
+    rounds = [msgspec.structs.replace(sample, start_s=[0.0] * len(sample.start_s)) for sample in profile.rounds]
+    found = fit_models(msgspec.structs.replace(profile, prefill=free, rounds=rounds))
+    alone, shared = (predict(found, PLAIN, workload(batch=batch), 2.0).estimate.price_per_million_tokens.value for batch in (1, 4))
+    assert alone / shared == pytest.approx(4, rel=1e-6)
+
+
+def test_with_one_stream_price_and_end_to_end_time_compare_alike_and_in_a_batch_they_do_not(batched):
+    for batch in (1, 8):
+        a, b = (predict(batched, config, workload(batch=batch)) for config in (sparse(2), PLAIN))
+        price, e2e = (difference(a, b, goal) for goal in ("price", "e2e"))
+        alike = [pytest.approx(getattr(e2e, bound), rel=1e-9) == getattr(price, bound) for bound in ("low", "value", "high")]
+        assert alike == [batch == 1] * 3
+
+
 def test_speedup_is_the_ratio_to_plain_decoding(models):
     baseline = predict(models, PLAIN, workload())
-    for goal in ("tpot", "e2e"):
+    for goal in ("tpot", "e2e", "price"):
         found = with_speedup(predict(models, sparse(2), workload()), baseline, goal)
-        expected = objective_s(baseline.estimate, goal) / objective_s(found.estimate, goal)
+        expected = objective_s(baseline, goal) / objective_s(found, goal)
         assert found.estimate.speedup.value == pytest.approx(expected)
     tpot, e2e = (with_speedup(predict(models, sparse(2), workload()), baseline, o).estimate.speedup.value for o in ("tpot", "e2e"))
     assert tpot > e2e > 1  # prefill is the same for both and dilutes the gain

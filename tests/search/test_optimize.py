@@ -19,8 +19,8 @@ WORKLOAD = Workload(context_len=1024, output_len=33, sampler=GREEDY)
 CHUNK = (SELF_SPARSE, SparseKV(budget=64, selection="chunk"))
 
 
-def planned(profile, workload=WORKLOAD, objective="tpot", cap=None) -> Plan:
-    return make_plan(profile, "0" * 64, workload, objective=objective, memory_cap_bytes=cap)
+def planned(profile, workload=WORKLOAD, objective="tpot", cap=None, price=None) -> Plan:
+    return make_plan(profile, "0" * 64, workload, objective=objective, memory_cap_bytes=cap, price_per_hour=price)
 
 
 def always(accept):
@@ -91,6 +91,29 @@ def test_objectives_can_disagree():
     assert planned(profile, objective="tpot").chosen.drafter == SELF_SPARSE
     plan = planned(profile, objective="e2e")
     assert plan.chosen == PLAIN and plan.objective == "e2e"
+
+
+def test_the_cheapest_is_chosen_by_price_with_ties_and_runners_up():
+    profile = made_profile(noise=0.03)
+    plan, e2e = planned(profile, objective="price", price=3.0), planned(profile, objective="e2e", price=3.0)
+    assert plan.objective == "price" and plan.price_per_hour == 3.0
+    prices = [estimate.price_per_million_tokens.value for estimate in [plan.estimate, *plan.runners_up]]
+    assert prices == sorted(prices) and prices[0] <= plan.baseline.price_per_million_tokens.value
+    assert plan.speedup.value == pytest.approx(plan.baseline.price_per_million_tokens.value / prices[0])
+    assert (plan.chosen, [e.config for e in plan.runners_up]) == (e2e.chosen, [e.config for e in e2e.runners_up])  # one stream
+    assert plan.ties and [tie.config for tie in plan.ties] == [tie.config for tie in e2e.ties]
+    for tie, same in zip(plan.ties, e2e.ties, strict=True):
+        assert tie.difference.value == pytest.approx(same.difference.value)
+
+
+def test_in_a_batch_a_slow_start_weighs_more_in_the_price_than_in_the_time_of_a_request():
+    """A start of its own for each request, and rounds for all: 50 ms are won back by one request's rounds, not by an eighth of them."""
+    profile = made_profile(batches={1: linear_round_s, 8: linear_round_s}, drafters=budgets(64))
+    slow = [msgspec.structs.replace(s, start_s=[0.05]) if s.drafter == SELF_SPARSE else s for s in profile.rounds]
+    profile = msgspec.structs.replace(profile, rounds=slow)
+    batch = msgspec.structs.replace(WORKLOAD, batch=8)
+    assert planned(profile, batch, objective="e2e").chosen.drafter == SELF_SPARSE
+    assert planned(profile, batch, objective="price", price=1.0).chosen == PLAIN
 
 
 # Memory caps
