@@ -1,0 +1,166 @@
+"""What better choices of draft_len could gain along texts that are already written. Exact: nothing here is sampled.
+
+    fixed     the same draft_len in every round (renewal.py)
+    adaptive  a causal rule that picks it from what the rounds before accepted
+    oracle    sees what a round would accept before it drafts, and plans ahead with the odds of the rounds to come
+
+Whoever chooses draft_len without seeing the round's outcome pays the oracle's cost at least. What lies between the best
+fixed length and the oracle is all that any such rule can win. Costs are in any unit; a round costs round_cost[k] when it
+drafts k tokens. A rule has finitely many states, so its cost follows from a recursion over (start, state).
+
+N  texts     S  starts of the longest     K  longest draft     Z  states of a rule
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+LEVELS = 21  # of an estimated acceptance; between two levels it is rounded by chance, so that small steps are not lost
+WEIGHTS = (0.03, 0.1, 0.3)  # of the latest token in an estimated acceptance
+STEPS = ((1, 1), (2, 1), (1, 2))  # up when all was accepted, down when not; (2, 1) is transformers' "heuristic" schedule
+
+
+class Texts(NamedTuple):
+    """Texts of different lengths side by side, aligned at their ends."""
+
+    survival: np.ndarray  # [N, S, K+1] P(at least n drafts of a round are accepted)
+    room: np.ndarray  # [N, S] tokens that a round can draft there
+    begin: np.ndarray  # [N] where each text begins
+
+    def pick(self, rows: np.ndarray) -> "Texts":
+        return Texts(self.survival[rows], self.room[rows], self.begin[rows])
+
+
+class Rule(NamedTuple):
+    """A state machine: what to draft, and where an outcome leads."""
+
+    name: str
+    draft_len: np.ndarray  # [Z]
+    low: np.ndarray  # [Z, K+1, K+1] next state when `drafted` tokens were drafted and `accepted` of them kept
+    share: np.ndarray  # [Z, K+1, K+1] chance that it is the state above instead
+    start: int
+
+
+class Adaptive(NamedTuple):
+    """The best rule of the families below, each text judged under the one that was tuned on the other half of the texts."""
+
+    name: str  # of the rule that is best on all texts
+    cost: np.ndarray  # [N]
+
+
+def align(accept_prob: list[np.ndarray], drafted: list[np.ndarray]) -> Texts:
+    """From accept_prob [starts, K] and drafted [starts] of each text."""
+    N, S, K = len(drafted), max(map(len, drafted)), accept_prob[0].shape[1]
+    survival, room, begin = np.zeros((N, S, K + 1)), np.zeros((N, S), dtype=np.int64), np.zeros(N, dtype=np.int64)
+    survival[..., 0] = 1.0
+    for row, (w, offered) in enumerate(zip(accept_prob, drafted, strict=True)):
+        begin[row] = S - len(offered)
+        survival[row, begin[row] :, 1:] = np.cumprod(w, axis=1)
+        room[row, begin[row] :] = offered
+    return Texts(survival, np.minimum(np.minimum(room, K), S - 1 - np.arange(S)), begin)
+
+
+def oracle_cost(
+    texts: Texts,
+    round_cost: np.ndarray,  # [N, K+1]
+) -> np.ndarray:  # [N]
+    """Expected cost of a text when each round sees how much it would accept, and drafts what is cheapest in the long run."""
+    N, S, K = _shape(texts)
+    n = k = np.arange(K + 1)
+    kept = np.minimum.outer(n, k)  # [n, k] of k drafted, where n would be accepted
+    later, found = np.zeros((N, K + 1)), np.zeros(N)  # later[:, n]: the cost behind token s + n + 1
+    for s in range(S - 1, -1, -1):
+        room = texts.room[:, s, None]
+        choices = np.where(k <= room[..., None], round_cost[:, None, :] + later[:, kept], np.inf)
+        now = (_ended(texts.survival[:, s], room[:, 0]) * choices.min(2)).sum(1)
+        later = np.column_stack([now, later[:, :-1]])
+        found = np.where(texts.begin == s, now, found)
+    return found
+
+
+def rule_cost(
+    texts: Texts,
+    rule: Rule,
+    round_cost: np.ndarray,  # [N, K+1]
+) -> np.ndarray:  # [N]
+    """Expected cost of a text under a rule."""
+    N, S, K = _shape(texts)
+    rows, z, n = np.arange(N)[:, None, None], np.arange(len(rule.draft_len))[:, None], np.arange(K + 1)
+    high = np.minimum(rule.low + 1, len(z) - 1)
+    later, found = np.zeros((N, K + 1, len(z))), np.zeros(N)
+    for s in range(S - 1, -1, -1):
+        drafted = np.minimum(texts.room[:, s, None], rule.draft_len)  # [N, Z]
+        ended = _ended(texts.survival[:, s, None], drafted)  # [N, Z, K+1]
+        outcome = z, drafted[..., None], n
+        share = rule.share[outcome]
+        behind = (1 - share) * later[rows, n, rule.low[outcome]] + share * later[rows, n, high[outcome]]
+        now = round_cost[np.arange(N)[:, None], drafted] + (ended * behind).sum(2)  # [N, Z]
+        later = np.concatenate([now[:, None], later[:, :-1]], axis=1)
+        found = np.where(texts.begin == s, now[:, rule.start], found)
+    return found
+
+
+def best_adaptive(
+    texts: Texts,  # at least 2
+    round_cost: np.ndarray,  # [N, K+1]
+) -> Adaptive:
+    """The rule with the least cost, tuned on every other text and judged on those between, and the other way round."""
+    N = len(texts.begin)
+    cost = np.zeros(N)
+    for half in (0, 1):
+        judged = np.arange(N) % 2 == half
+        rule = _tuned(texts.pick(~judged), round_cost[~judged])
+        cost[judged] = rule_cost(texts.pick(judged), rule, round_cost[judged])
+    return Adaptive(_tuned(texts, round_cost).name, cost)
+
+
+def estimate_rule(weight: float, acceptance: float, round_cost: np.ndarray) -> Rule:
+    """Drafts what would be best if every token were accepted with the running estimate, an exponentially weighted mean.
+
+    The estimate begins at `acceptance` and moves by `weight` with every token that was kept or rejected. Where it says
+    that drafting does not pay there is nothing to learn from, and it drifts back to where it began.
+    """
+    K = len(round_cost) - 1
+    level = np.linspace(0, 1, LEVELS)
+    tokens = np.cumsum(level[:, None] ** np.arange(K + 1), axis=1)  # [Z, K+1] of a round, arXiv:2211.17192 equation 1
+    draft_len = np.argmin(round_cost / tokens, axis=1)
+    drafted, accepted = np.arange(K + 1)[:, None], np.arange(K + 1)
+    seen = accepted + (accepted < drafted)  # tokens that were kept, and the one that was not
+    memory = (1 - weight) ** seen
+    moved = memory * level[:, None, None] + (1 - memory) * accepted / np.maximum(seen, 1)
+    drifted = level + weight * (acceptance - level)
+    moved[:, 0, :] = np.where(draft_len == 0, drifted, level)[:, None]
+    place = moved.clip(0, 1) * (LEVELS - 1)
+    low = np.minimum(place.astype(np.int64), LEVELS - 2)
+    return Rule(f"estimate, weight {weight:g}", draft_len, low, place - low, round(acceptance * (LEVELS - 1)))
+
+
+def additive_rule(up: int, down: int, begin: int, K: int) -> Rule:
+    """Drafts `up` tokens more after a round that kept all it drafted, `down` fewer after one that did not, at least one."""
+    state = np.arange(K + 1)[:, None, None]
+    drafted, accepted = np.arange(K + 1)[:, None], np.arange(K + 1)
+    moved = np.where(accepted >= drafted, np.minimum(state + up, K), np.maximum(state - down, 1))
+    low = np.where(drafted > 0, moved, np.maximum(state, 1))  # a round that could not draft says nothing
+    return Rule(f"up {up}, down {down}", np.arange(K + 1), low, np.zeros(low.shape), begin)
+
+
+def _tuned(texts: Texts, round_cost: np.ndarray) -> Rule:
+    K = round_cost.shape[1] - 1
+    mean_cost = round_cost.mean(0)
+    inside = (np.arange(texts.room.shape[1]) >= texts.begin[:, None]) & (texts.room > 0)
+    acceptance = float(texts.survival[..., 1][inside].mean()) if inside.any() else 0.0
+    begin = max(1, int(np.argmin(mean_cost / np.cumsum(acceptance ** np.arange(K + 1)))))
+    rules = [estimate_rule(weight, acceptance, mean_cost) for weight in WEIGHTS] + [additive_rule(up, down, begin, K) for up, down in STEPS]
+    return min(rules, key=lambda rule: rule_cost(texts, rule, round_cost).sum())
+
+
+def _ended(survival: np.ndarray, drafted: np.ndarray) -> np.ndarray:
+    """[..., K+1] P(exactly n accepted) of rounds that draft so many tokens."""
+    n = np.arange(survival.shape[-1])
+    reached = np.where(n <= drafted[..., None], survival, 0.0)
+    return reached - np.concatenate([reached[..., 1:], np.zeros((*reached.shape[:-1], 1))], axis=-1)
+
+
+def _shape(texts: Texts) -> tuple[int, int, int]:
+    N, S, width = texts.survival.shape
+    return N, S, width - 1
