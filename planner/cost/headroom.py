@@ -132,7 +132,7 @@ def estimate_rule(weight: float, acceptance: float, round_cost: np.ndarray) -> R
     moved[:, 0, :] = np.where(draft_len == 0, drifted, level)[:, None]
     place = moved.clip(0, 1) * (LEVELS - 1)
     low = np.minimum(place.astype(np.int64), LEVELS - 2)
-    return Rule(f"estimate, weight {weight:g}", draft_len, low, place - low, round(acceptance * (LEVELS - 1)))
+    return Rule(f"estimate {weight:g}", draft_len, low, place - low, round(acceptance * (LEVELS - 1)))
 
 
 def additive_rule(up: int, down: int, begin: int, K: int) -> Rule:
@@ -141,7 +141,7 @@ def additive_rule(up: int, down: int, begin: int, K: int) -> Rule:
     drafted, accepted = np.arange(K + 1)[:, None], np.arange(K + 1)
     moved = np.where(accepted >= drafted, np.minimum(state + up, K), np.maximum(state - down, 1))
     low = np.where(drafted > 0, moved, np.maximum(state, 1))  # a round that could not draft says nothing
-    return Rule(f"up {up}, down {down}", np.arange(K + 1), low, np.zeros(low.shape), begin)
+    return Rule(f"up {up} down {down}", np.arange(K + 1), low, np.zeros(low.shape), begin)
 
 
 def _tuned(texts: Texts, round_cost: np.ndarray) -> Rule:

@@ -239,21 +239,15 @@ def show_replay(replay: ServedReplay, path: str | Path | None) -> None:
         samplers = describe_sampler(group.samplers[0]) if len(group.samplers) == 1 else f"all {len(group.samplers)} samplers, as the log mixes them"
         _title(console, f"{samplers[0].upper()}{samplers[1:]}: {group.num_texts} lines, {group.num_tokens} tokens written; tokens per round by K")
         _show_table(console, *_lengths_table(group, replay.max_draft_len))
-        _title(
-            console, f"What better choices of K could gain; costs in {'plain steps' if units else 'ms'} per token, gains in % of the best fixed K's"
-        )
+        _title(console, f"Headroom of better choices of K: costs in {'plain steps' if units else 'ms'} per token, then what they change in %")
         _show_table(console, *_headroom_table(group, units))
         _lines(console, _headroom(group))
     lines = [("Skipped", f"{count} lines: {clean(reason)}") for reason, count in replay.skipped.items()]
     if units:
-        lines.append(
-            (
-                "Costs",
-                f"assumed: a round takes a plain step, and {replay.costs.draft_cost:g} of one for every token it drafts (--draft-cost); --profile gives seconds",
-            )
-        )
+        each = f"{replay.costs.draft_cost:g} of one for every token it drafts"
+        lines.append(("Costs", f"assumed: a round takes a plain step, and {each} (--draft-cost); --profile gives seconds"))
     else:
-        lines.append(("Costs", f"round times of the profile with sha256 {replay.costs.profile_sha256[:HASH_CHARS]}"))
+        lines.append(("Costs", f"round times of the profile with sha256 {clean(replay.costs.profile_sha256)[:HASH_CHARS]}"))
     _lines(console, [*lines, ("Minutes", f"{replay.minutes:.1f}"), *_saved(path)])
 
 
@@ -484,12 +478,12 @@ def _headroom_table(group: ServedGroup, units: bool) -> tuple[list[Column], list
         return _number(scale * group.plain_cost) if row is None else _range(row.headroom.fixed, scale, decimals)
 
     groups = [
-        [Column("best\nK", lambda row: of(row, lambda h: str(h.draft_len))), Column("cost of\nbest K", fixed)],
+        [Column("best\nfixed K", lambda row: of(row, lambda h: str(h.draft_len))), Column("its\ncost", fixed)],
         [
-            Column("best adaptive\nrule %", lambda row: of(row, lambda h: _percent(h.adaptive_over_fixed))),
-            Column("rule", lambda row: of(row, lambda h: clean(h.rule)), right=False),
+            Column("best adaptive\nrule, %", lambda row: of(row, lambda h: _percent(h.adaptive_over_fixed))),
+            Column("which", lambda row: of(row, lambda h: clean(h.rule)), right=False),
         ],
-        [Column("oracle\n%", lambda row: of(row, lambda h: _percent(h.oracle_over_fixed)))],
+        [Column("oracle,\n%", lambda row: of(row, lambda h: _percent(h.oracle_over_fixed)))],
     ]
     return [_served_name()], groups, [None, *group.drafters]
 
@@ -531,15 +525,10 @@ def _headroom(group: ServedGroup) -> list[tuple[str, str]]:
     )
     best = group.drafters[group.best]
     name = f"{_drafter_name(best.drafter, best.kv)} K={best.headroom.draft_len}" if best.headroom.draft_len else "off"
-    impossible = f"{group.impossible} of {group.num_tokens} tokens ({group.impossible / group.num_tokens:.1%}) could not have been drawn by this model and sampler"
-    return [
-        (
-            "Headroom",
-            f"times as fast as plain decoding: best fixed K {fixed:.2f} ({name}), best adaptive rule {adaptive:.2f} ({drafter}), "
-            f"clairvoyant oracle {oracle:.2f} ({ideal})",
-        ),
-        ("Own text", impossible),
-    ]
+    share = f"{group.impossible / group.num_tokens:.1%}"
+    speeds = f"best fixed K {fixed:.2f} ({name}), best adaptive rule {adaptive:.2f} ({drafter}), clairvoyant oracle {oracle:.2f} ({ideal})"
+    strange = f"{group.impossible} of {group.num_tokens} tokens ({share}) could not have been drawn by this model and sampler"
+    return [("Headroom", f"times as fast as plain decoding: {speeds}"), ("Whose text", strange)]
 
 
 def _refused(plan: Plan) -> list[tuple[str, str]]:
