@@ -42,28 +42,27 @@ def replay(
     default_sampler  fills what lines do not say about theirs
     costs_from       a profile of this model, for seconds; or what a drafted token costs in plain steps
     """
+    from planner.profiler.served import read_log
+
+    served = read_log(log, default_sampler)
     session = open_session(model, dtype=dtype, device=device, execution=execution, weights=weights)
-    return run_replay(
-        model, session, log, configs=configs, num_texts=num_texts, default_sampler=default_sampler, costs_from=costs_from, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+    return run_replay(model, session, served, configs=configs, num_texts=num_texts, costs_from=costs_from, seed=seed, progress=progress)
 
 
 def run_replay(
     model: str,
     session: Session,
-    log: str | Path,
+    log: "Log",  # noqa: F821  planner.profiler.served
     *,
     configs: Sequence[DraftConfig],
     num_texts: int,
-    default_sampler: Sampler | None,
     costs_from: str | Path | float,
     seed: int,
     progress: Progress,
 ) -> ServedReplay:
     """The same with a model that is already loaded."""
     from planner.profiler.device import complaints, describe_device, read_environment
-    from planner.profiler.served import read_log
+    from planner.profiler.served import draw_lines
 
     began = time.perf_counter()
     runner = session.model
@@ -77,14 +76,14 @@ def run_replay(
         raise BadInput(f"an interval needs at least {MIN_TEXTS} lines, got {num_texts}; raise --texts")
     round_costs = _costs(costs_from, configs, runner.fingerprint)
     environment = read_environment(runner.device)
-    found = read_log(
-        log, session.tokenizer, count=num_texts, seed=seed, default=default_sampler, vocab_size=runner.spec.vocab_size,
-        max_context_len=runner.spec.max_context_len,
+    spec = runner.spec
+    found = draw_lines(
+        log, session.tokenizer, count=num_texts, seed=seed, vocab_size=spec.vocab_size, max_context_len=spec.max_context_len
     )  # fmt: skip
     if len(found.lines) < MIN_TEXTS:
         reasons = "; ".join(f"{count} {reason}" for reason, count in found.skipped.items())
         raise BadInput(
-            f"an interval needs at least {MIN_TEXTS} lines, {log} holds {len(found.lines)} that can be replayed{reasons and f' ({reasons})'}"
+            f"an interval needs at least {MIN_TEXTS} lines, {log.name} holds {len(found.lines)} that can be replayed{reasons and f' ({reasons})'}"
         )
     texts, samples = [], []
     progress.stage("replay", len(found.lines) * len(configs))
@@ -95,8 +94,8 @@ def run_replay(
     groups, grouping = _groups(texts, samples, configs, round_costs, progress)
     return ServedReplay(
         planner_version=planner.__version__,
-        log=found.source,
-        num_lines=found.num_lines,
+        log=log.source,
+        num_lines=len(log.records),
         skipped=found.skipped,
         model=model,
         target_fingerprint=runner.fingerprint,

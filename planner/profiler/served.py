@@ -20,7 +20,6 @@ from msgspec import Meta
 
 from planner.errors import BadInput
 from planner.files import read_bytes
-from planner.runtime.tokenizer import Tokenizer
 from planner.specs import Sampler, checked
 
 MAX_LINE_BYTES = 16 * 2**20  # a million tokens of text
@@ -35,37 +34,50 @@ class ServedLine(NamedTuple):
 
 
 class Log(NamedTuple):
-    source: str  # file name and the beginning of its sha256
-    num_lines: int  # in the file
-    lines: list[ServedLine]  # drawn, in the order of the file
+    """A file whose every line was found well-formed, before any model is loaded."""
+
+    name: str
+    source: str  # name and the beginning of the sha256
+    records: list["Record"]
+
+
+class Drawn(NamedTuple):
+    lines: list[ServedLine]  # in the order of the file
     skipped: dict[str, int]  # reason -> lines
 
 
 def read_log(
     path: str | Path,
-    tokenizer: Tokenizer,
-    *,
-    count: int,
-    seed: int,
     default: Sampler | None,  # fills what a line does not say about its sampler; without it a line must give its temperature
-    vocab_size: int,
-    max_context_len: int,
 ) -> Log:
-    """Up to `count` lines that can be replayed, drawn from all of them. BadInput names the line that is malformed, drawn or not."""
+    """All lines of a log; BadInput names the one that is malformed."""
     content, name = read_bytes(path, "log"), Path(path).name
     records = []
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
-            records.append(_Record(number, *_parsed(line, default, f"{name}:{number}")))
+            records.append(Record(number, *_parsed(line, default, f"{name}:{number}")))
     if not records:
         raise BadInput(f"a log holds one JSON object per line, {path} holds none; write lines with prompt, output and temperature")
+    return Log(name, f"{name}#{hashlib.sha256(content).hexdigest()[:8]}", records)
+
+
+def draw_lines(
+    log: Log,
+    tokenizer: "Tokenizer",  # noqa: F821  planner.runtime.tokenizer
+    *,
+    count: int,
+    seed: int,
+    vocab_size: int,
+    max_context_len: int,
+) -> Drawn:
+    """Up to `count` lines that can be replayed, drawn from all. BadInput names a line whose tokens are not the model's."""
     skipped, lines = Counter(), []
-    for index in np.random.default_rng(seed).permutation(len(records)):
-        record = records[index]
+    for index in np.random.default_rng(seed).permutation(len(log.records)):
+        record = log.records[index]
         if record.unknown is not None:
             skipped[f"sampled with {record.unknown}, which this runtime does not have"] += 1
             continue
-        prompt, output = _tokens(tokenizer, record, vocab_size, f"{name}:{record.number}")
+        prompt, output = _tokens(tokenizer, record, vocab_size, f"{log.name}:{record.number}")
         if len(prompt) + len(output) > max_context_len:
             skipped[f"prompt + output beyond the model's {max_context_len} tokens"] += 1
         elif len(output) < 2:
@@ -74,7 +86,7 @@ def read_log(
             lines.append(ServedLine(record.number, prompt, output, record.sampler))
         if len(lines) == count:
             break
-    return Log(f"{name}#{hashlib.sha256(content).hexdigest()[:8]}", len(records), sorted(lines), dict(sorted(skipped.items())))
+    return Drawn(sorted(lines), dict(sorted(skipped.items())))
 
 
 Text = Annotated[str, Meta(max_length=MAX_LINE_BYTES)]
@@ -108,7 +120,7 @@ class _Line(_Sampler, kw_only=True):
     sampler: _Sampler | None = None
 
 
-class _Record(NamedTuple):
+class Record(NamedTuple):
     number: int
     line: _Line
     sampler: Sampler
@@ -155,7 +167,7 @@ def _sampler(given: dict, default: Sampler | None, where: str) -> Sampler:
     return checked(Sampler(temperature=float(temperature), top_p=float(top_p), top_k=max(0, top_k)))  # vLLM writes -1 for all
 
 
-def _tokens(tokenizer: Tokenizer, record: _Record, vocab_size: int, where: str) -> tuple[list[int], list[int]]:
+def _tokens(tokenizer, record: Record, vocab_size: int, where: str) -> tuple[list[int], list[int]]:
     line = record.line
     try:
         if line.prompt_tokens is not None:

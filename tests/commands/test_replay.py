@@ -17,6 +17,7 @@ from planner.errors import BadInput
 from planner.measurements import save_profile
 from planner.profiler.acceptance import replay as stored_replay
 from planner.profiler.acceptance import write_texts
+from planner.profiler.served import read_log
 from planner.profiler.texts import Prompt
 from planner.replays import ServedReplay, save_replay
 from planner.runtime.model import prefill
@@ -72,9 +73,8 @@ def logged(path, texts, **changes):
 
 
 def run(session, log, configs=CONFIGS, num_texts=64, default_sampler=None, costs_from=0.1, progress=Silent()) -> ServedReplay:
-    return run_replay(
-        "tiny", session, log, configs=configs, num_texts=num_texts, default_sampler=default_sampler, costs_from=costs_from, seed=0, progress=progress
-    )
+    served = read_log(log, default_sampler)
+    return run_replay("tiny", session, served, configs=configs, num_texts=num_texts, costs_from=costs_from, seed=0, progress=progress)
 
 
 @pytest.mark.parametrize("sampler", [GREEDY, WARM, CUT], ids=str)
