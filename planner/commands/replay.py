@@ -61,7 +61,7 @@ def run_replay(
     progress: Progress,
 ) -> ServedReplay:
     """The same with a model that is already loaded."""
-    from planner.profiler.device import complaints, describe_device, read_environment
+    from planner.profiler.device import describe_device, read_environment
     from planner.profiler.served import draw_lines
 
     began = time.perf_counter()
@@ -111,8 +111,7 @@ def run_replay(
         texts=texts,
         acceptance=samples,
         minutes=(time.perf_counter() - began) / 60,
-        warnings=complaints(environment) * isinstance(round_costs.costs, ProfiledCosts)
-        + session.warnings + _doubts(groups, texts) + grouping + round_costs.doubts(texts),
+        warnings=session.warnings + _doubts(groups, texts) + grouping + round_costs.doubts(texts),
     )  # fmt: skip
 
 

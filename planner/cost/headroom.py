@@ -18,6 +18,7 @@ import numpy as np
 LEVELS = 21  # of an estimated acceptance; between two levels it is rounded by chance, so that small steps are not lost
 WEIGHTS = (0.03, 0.1, 0.3)  # of the latest token in an estimated acceptance
 STEPS = ((1, 1), (2, 1), (1, 2))  # up when all was accepted, down when not; (2, 1) is transformers' "heuristic" schedule
+PAIRED = (*range(9), 12, 16, 24, 32, 48, 64)  # lengths that a rule of two may alternate between; fixed lengths are pairs of equal ones
 
 
 class Texts(NamedTuple):
@@ -78,25 +79,31 @@ def oracle_cost(
     return found
 
 
-def rule_cost(
+def rule_costs(
     texts: Texts,
-    rule: Rule,
+    rules: list[Rule],
     round_cost: np.ndarray,  # [N, K+1]
-) -> np.ndarray:  # [N]
-    """Expected cost of a text under a rule."""
+) -> np.ndarray:  # [N, rules]
+    """Expected cost of a text under each rule. All states of all rules go through one recursion."""
     N, S, K = _shape(texts)
-    rows, z, n = np.arange(N)[:, None, None], np.arange(len(rule.draft_len))[:, None], np.arange(K + 1)
-    high = np.minimum(rule.low + 1, len(z) - 1)
-    later, found = np.zeros((N, K + 1, len(z))), np.zeros(N)
+    offsets = np.cumsum([0, *(len(rule.draft_len) for rule in rules)])
+    draft_len = np.concatenate([rule.draft_len for rule in rules])
+    low = np.concatenate([rule.low + offset for rule, offset in zip(rules, offsets)])
+    high = np.minimum(low + 1, offsets[-1] - 1)  # where a rule ends there, its share is 0
+    shares = np.concatenate([rule.share for rule in rules])
+    starts = offsets[:-1] + [rule.start for rule in rules]
+
+    rows, z, n = np.arange(N)[:, None, None], np.arange(offsets[-1])[:, None], np.arange(K + 1)
+    later, found = np.zeros((N, K + 1, offsets[-1])), np.zeros((N, len(rules)))
     for s in range(S - 1, -1, -1):
-        drafted = np.minimum(texts.room[:, s, None], rule.draft_len)  # [N, Z]
+        drafted = np.minimum(texts.room[:, s, None], draft_len)  # [N, Z]
         ended = _ended(texts.survival[:, s, None], drafted)  # [N, Z, K+1]
         outcome = z, drafted[..., None], n
-        share = rule.share[outcome]
-        behind = (1 - share) * later[rows, n, rule.low[outcome]] + share * later[rows, n, high[outcome]]
+        share = shares[outcome]
+        behind = (1 - share) * later[rows, n, low[outcome]] + share * later[rows, n, high[outcome]]
         now = round_cost[np.arange(N)[:, None], drafted] + (ended * behind).sum(2)  # [N, Z]
         later = np.concatenate([now[:, None], later[:, :-1]], axis=1)
-        found = np.where(texts.begin == s, now[:, rule.start], found)
+        found = np.where((texts.begin == s)[:, None], now[:, starts], found)
     return found
 
 
@@ -110,7 +117,7 @@ def best_adaptive(
     for half in (0, 1):
         judged = np.arange(N) % 2 == half
         rule = _tuned(texts.pick(~judged), round_cost[~judged])
-        cost[judged] = rule_cost(texts.pick(judged), rule, round_cost[judged])
+        cost[judged] = rule_costs(texts.pick(judged), [rule], round_cost[judged])[:, 0]
     return Adaptive(_tuned(texts, round_cost).name, cost)
 
 
@@ -144,14 +151,24 @@ def additive_rule(up: int, down: int, begin: int, K: int) -> Rule:
     return Rule(f"up {up} down {down}", np.arange(K + 1), low, np.zeros(low.shape), begin)
 
 
+def pair_rule(first: int, second: int, K: int) -> Rule:
+    """Drafts `second` tokens after a round that kept all it drafted, `first` after one that did not."""
+    drafted, accepted = np.arange(K + 1)[:, None], np.arange(K + 1)
+    low = np.broadcast_to((accepted >= drafted).astype(np.int64), (2, K + 1, K + 1))
+    name = f"always {first}" if first == second else f"{first}, then {second}"
+    return Rule(name, np.array([first, second]), low, np.zeros(low.shape), 1)
+
+
 def _tuned(texts: Texts, round_cost: np.ndarray) -> Rule:
     K = round_cost.shape[1] - 1
     mean_cost = round_cost.mean(0)
     inside = (np.arange(texts.room.shape[1]) >= texts.begin[:, None]) & (texts.room > 0)
     acceptance = float(texts.survival[..., 1][inside].mean()) if inside.any() else 0.0
     begin = max(1, int(np.argmin(mean_cost / np.cumsum(acceptance ** np.arange(K + 1)))))
-    rules = [estimate_rule(weight, acceptance, mean_cost) for weight in WEIGHTS] + [additive_rule(up, down, begin, K) for up, down in STEPS]
-    return min(rules, key=lambda rule: rule_cost(texts, rule, round_cost).sum())
+    rules = [pair_rule(first, second, K) for second in PAIRED if second <= K for first in PAIRED if first <= second]
+    rules += [additive_rule(up, down, begin, K) for up, down in STEPS]
+    rules += [estimate_rule(weight, acceptance, mean_cost) for weight in WEIGHTS]
+    return rules[int(np.argmin(rule_costs(texts, rules, round_cost).sum(0)))]
 
 
 def _ended(survival: np.ndarray, drafted: np.ndarray) -> np.ndarray:

@@ -528,7 +528,7 @@ def _headroom(group: ServedGroup) -> list[tuple[str, str]]:
     share = f"{group.impossible / group.num_tokens:.1%}"
     speeds = f"best fixed K {fixed:.2f} ({name}), best adaptive rule {adaptive:.2f} ({drafter}), clairvoyant oracle {oracle:.2f} ({ideal})"
     strange = f"{group.impossible} of {group.num_tokens} tokens ({share}) could not have been drawn by this model and sampler"
-    return [("Headroom", f"times as fast as plain decoding: {speeds}"), ("Whose text", strange)]
+    return [("Headroom", f"times as fast as plain decoding: {speeds}"), ("Log", strange)]
 
 
 def _refused(plan: Plan) -> list[tuple[str, str]]:
