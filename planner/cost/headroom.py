@@ -18,7 +18,8 @@ import numpy as np
 LEVELS = 21  # of an estimated acceptance; between two levels it is rounded by chance, so that small steps are not lost
 WEIGHTS = (0.03, 0.1, 0.3)  # of the latest token in an estimated acceptance
 STEPS = ((1, 1), (2, 1), (1, 2))  # up when all was accepted, down when not; (2, 1) is transformers' "heuristic" schedule
-PAIRED = (*range(9), 12, 16, 24, 32, 48, 64)  # lengths that a rule of two may alternate between; fixed lengths are pairs of equal ones
+PAIRED = (0, 1, 2, 4, 8, 16, 32, 64)  # lengths that a rule of two alternates between
+BEGIN = 0.7  # acceptance that an estimate begins at
 
 
 class Texts(NamedTuple):
@@ -27,9 +28,6 @@ class Texts(NamedTuple):
     survival: np.ndarray  # [N, S, K+1] P(at least n drafts of a round are accepted)
     room: np.ndarray  # [N, S] tokens that a round can draft there
     begin: np.ndarray  # [N] where each text begins
-
-    def pick(self, rows: np.ndarray) -> "Texts":
-        return Texts(self.survival[rows], self.room[rows], self.begin[rows])
 
 
 class Rule(NamedTuple):
@@ -87,21 +85,29 @@ def rule_costs(
     """Expected cost of a text under each rule. All states of all rules go through one recursion."""
     N, S, K = _shape(texts)
     offsets = np.cumsum([0, *(len(rule.draft_len) for rule in rules)])
+    Z, starts = offsets[-1], offsets[:-1] + [rule.start for rule in rules]
     draft_len = np.concatenate([rule.draft_len for rule in rules])
     low = np.concatenate([rule.low + offset for rule, offset in zip(rules, offsets)])
-    high = np.minimum(low + 1, offsets[-1] - 1)  # where a rule ends there, its share is 0
     shares = np.concatenate([rule.share for rule in rules])
-    starts = offsets[:-1] + [rule.start for rule in rules]
 
-    rows, z, n = np.arange(N)[:, None, None], np.arange(offsets[-1])[:, None], np.arange(K + 1)
-    later, found = np.zeros((N, K + 1, offsets[-1])), np.zeros((N, len(rules)))
+    z, n = np.arange(Z)[:, None], np.arange(K + 1)
+    outcomes = []  # by room: what each state drafts; and, flat, the places in `later` it may lead to, with the chance of the second
+    for room in range(K + 1):
+        drafted = np.minimum(room, draft_len)
+        outcome = z, drafted[:, None], n
+        place = n * Z + low[outcome]
+        outcomes.append((drafted, place, np.minimum(place + 1, (K + 1) * Z - 1), shares[outcome]))  # where a rule ends there, the chance is 0
+    later, found = np.zeros((N, K + 1, Z)), np.zeros((N, len(rules)))
     for s in range(S - 1, -1, -1):
-        drafted = np.minimum(texts.room[:, s, None], draft_len)  # [N, Z]
-        ended = _ended(texts.survival[:, s, None], drafted)  # [N, Z, K+1]
-        outcome = z, drafted[..., None], n
-        share = shares[outcome]
-        behind = (1 - share) * later[rows, n, low[outcome]] + share * later[rows, n, high[outcome]]
-        now = round_cost[np.arange(N)[:, None], drafted] + (ended * behind).sum(2)  # [N, Z]
+        ended = _ended(texts.survival[:, s, None], np.minimum(texts.room[:, s, None], n))  # [N, drafted, K+1]
+        now = np.empty((N, Z))
+        for room in np.unique(texts.room[:, s]):
+            own = np.flatnonzero(texts.room[:, s] == room)
+            drafted, place, above, share = outcomes[room]
+            flat = later[own].reshape(len(own), -1)
+            behind = flat.take(place, axis=1)
+            behind += share * (flat.take(above, axis=1) - behind)
+            now[own] = round_cost[own[:, None], drafted] + np.einsum("azn,azn->az", ended[own][:, drafted], behind)
         later = np.concatenate([now[:, None], later[:, :-1]], axis=1)
         found = np.where((texts.begin == s)[:, None], now[:, starts], found)
     return found
@@ -112,13 +118,11 @@ def best_adaptive(
     round_cost: np.ndarray,  # [N, K+1]
 ) -> Adaptive:
     """The rule with the least cost, tuned on every other text and judged on those between, and the other way round."""
-    N = len(texts.begin)
-    cost = np.zeros(N)
-    for half in (0, 1):
-        judged = np.arange(N) % 2 == half
-        rule = _tuned(texts.pick(~judged), round_cost[~judged])
-        cost[judged] = rule_costs(texts.pick(judged), [rule], round_cost[judged])[:, 0]
-    return Adaptive(_tuned(texts, round_cost).name, cost)
+    rules = _family(round_cost.mean(0))
+    cost = rule_costs(texts, rules, round_cost)
+    odd = np.arange(len(cost)) % 2 == 1
+    tuned_on_odd, tuned_on_even = (int(np.argmin(cost[half].sum(0))) for half in (odd, ~odd))
+    return Adaptive(rules[int(np.argmin(cost.sum(0)))].name, np.where(odd, cost[:, tuned_on_even], cost[:, tuned_on_odd]))
 
 
 def estimate_rule(weight: float, acceptance: float, round_cost: np.ndarray) -> Rule:
@@ -155,20 +159,22 @@ def pair_rule(first: int, second: int, K: int) -> Rule:
     """Drafts `second` tokens after a round that kept all it drafted, `first` after one that did not."""
     drafted, accepted = np.arange(K + 1)[:, None], np.arange(K + 1)
     low = np.broadcast_to((accepted >= drafted).astype(np.int64), (2, K + 1, K + 1))
-    name = f"always {first}" if first == second else f"{first}, then {second}"
-    return Rule(name, np.array([first, second]), low, np.zeros(low.shape), 1)
+    return Rule(f"{first}, then {second}", np.array([first, second]), low, np.zeros(low.shape), 1)
 
 
-def _tuned(texts: Texts, round_cost: np.ndarray) -> Rule:
-    K = round_cost.shape[1] - 1
-    mean_cost = round_cost.mean(0)
-    inside = (np.arange(texts.room.shape[1]) >= texts.begin[:, None]) & (texts.room > 0)
-    acceptance = float(texts.survival[..., 1][inside].mean()) if inside.any() else 0.0
-    begin = max(1, int(np.argmin(mean_cost / np.cumsum(acceptance ** np.arange(K + 1)))))
-    rules = [pair_rule(first, second, K) for second in PAIRED if second <= K for first in PAIRED if first <= second]
-    rules += [additive_rule(up, down, begin, K) for up, down in STEPS]
-    rules += [estimate_rule(weight, acceptance, mean_cost) for weight in WEIGHTS]
-    return rules[int(np.argmin(rule_costs(texts, rules, round_cost).sum(0)))]
+def fixed_rule(draft_len: int, K: int) -> Rule:
+    return Rule(f"always {draft_len}", np.array([draft_len]), np.zeros((1, K + 1, K + 1), dtype=np.int64), np.zeros((1, K + 1, K + 1)), 0)
+
+
+def _family(round_cost: np.ndarray) -> list[Rule]:
+    """Fixed lengths are members, and first: a rule that adapts has to beat them."""
+    K = len(round_cost) - 1
+    return [
+        *(fixed_rule(k, K) for k in range(K + 1)),
+        *(pair_rule(first, second, K) for second in PAIRED if second <= K for first in PAIRED if first < second),
+        *(additive_rule(up, down, (K + 1) // 2, K) for up, down in STEPS),
+        *(estimate_rule(weight, BEGIN, round_cost) for weight in WEIGHTS),
+    ]
 
 
 def _ended(survival: np.ndarray, drafted: np.ndarray) -> np.ndarray:

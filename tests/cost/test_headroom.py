@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.cost.headroom import additive_rule, align, best_adaptive, estimate_rule, oracle_cost, pair_rule, rule_costs
+from planner.cost.headroom import additive_rule, align, best_adaptive, estimate_rule, fixed_rule, oracle_cost, pair_rule, rule_costs
 from planner.cost.renewal import expected_rounds
 
 seeded = settings(derandomize=True, deadline=None, max_examples=40)
@@ -35,11 +35,12 @@ def texts(draw, least=1, sharp=False):
 
 @seeded
 @given(texts())
-def test_a_pair_of_equal_lengths_is_a_fixed_draft_len(made):
+def test_a_rule_of_one_state_is_a_fixed_draft_len(made):
     accept_prob, drafted, round_cost = made
     K = round_cost.shape[1] - 1
-    found = rule_costs(align(accept_prob, drafted), [pair_rule(k, k, K) for k in range(K + 1)], round_cost)
-    np.testing.assert_allclose(found, np.stack([fixed_cost(accept_prob, drafted, round_cost, k) for k in range(K + 1)], 1), rtol=1e-12)
+    expected = np.stack([fixed_cost(accept_prob, drafted, round_cost, k) for k in range(K + 1)], 1)
+    for rules in ([fixed_rule(k, K) for k in range(K + 1)], [pair_rule(k, k, K) for k in range(K + 1)]):
+        np.testing.assert_allclose(rule_costs(align(accept_prob, drafted), rules, round_cost), expected, rtol=1e-12)
 
 
 @seeded
