@@ -281,7 +281,8 @@ def _drafter(config: DraftConfig, walked: _Walked, plain: np.ndarray, rows: np.n
 
     def over_fixed(cost: np.ndarray) -> Interval:
         ratio = cost.sum() / fixed.sum()
-        return mean_interval(list(ratio - 1 + (cost - ratio * fixed) * len(rows) / fixed.sum()))
+        linear = ratio - 1 + (cost - ratio * fixed) * len(rows) / fixed.sum()
+        return mean_interval(list(np.round(linear, 12) + 0.0))  # the same rule by two recursions differs by rounding; and no -0.0
 
     headroom = Headroom(
         draft_len=best, fixed=_ratio(fixed, starts), rule=adaptive.name, adaptive=_ratio(adaptive.cost, starts),

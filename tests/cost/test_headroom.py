@@ -168,3 +168,14 @@ def test_an_estimate_follows_what_is_accepted():
     off = z[rule.draft_len == 0]
     assert np.all(mean[off, 0, 0] > off)  # it tries again
     assert np.all((rule.low >= 0) & (rule.low <= len(z) - 2) & (rule.share >= 0) & (rule.share <= 1))
+
+
+def test_pairs_and_steps_move_as_their_names_say():
+    pair, steps = pair_rule(1, 3, 4), additive_rule(2, 1, 2, 4)
+    assert pair.draft_len[pair.start] == 3
+    for drafted in range(1, 5):
+        for accepted in range(drafted + 1):
+            kept = accepted == drafted
+            assert list(pair.draft_len[pair.low[:, drafted, accepted]]) == ([3, 3] if kept else [1, 1])
+            assert list(steps.draft_len[steps.low[1:, drafted, accepted]]) == ([3, 4, 4, 4] if kept else [1, 1, 2, 3])
+    assert list(steps.low[1:, 0, 0]) == [1, 2, 3, 4]  # a round that had nothing to draft says nothing
