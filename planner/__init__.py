@@ -1,6 +1,6 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
-The verbs are functions: profile, plan, estimate, check, sweep, generate, and load_profile, load_plan for their files.
+The verbs are functions: profile, plan, estimate, check, sweep, replay, generate, and load_profile, load_plan for their files.
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ _WHERE = {
     "estimate": "planner.commands.plan",
     "check": "planner.commands.check",
     "sweep": "planner.commands.check",
+    "replay": "planner.commands.replay",
     "generate": "planner.commands.generate",
     "load_profile": "planner.measurements",
     "save_profile": "planner.measurements",

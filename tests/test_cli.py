@@ -41,6 +41,7 @@ def files(tmp_path_factory):
         "list": "[]",
         "empty": "",
         "nested": "[" * 100_000,
+        "log": '{"prompt": "a", "output": "bc", "temperature": 1}\n{"prompt": "a", "output": "bc", "temperature": -1}\n',
     }
     for name, content in broken.items():
         assert content != text
@@ -242,6 +243,20 @@ BAD = {
     "estimate {good} --isl 1024 --drafter eagle --draft-len 1": "a drafter is",
     "estimate {good} --isl 1024 --drafter ngram --draft-len 1 --kv-budget 64": "self_sparse",
     "generate --drafter none": "--prompt",
+    "replay --log {missing}": "cannot read the log",
+    "replay --log {list}": "list.json:1: .*object",
+    "replay --log {nested}": "nested.json:1: ",
+    "replay --log {binary}": "binary.json:1: ",
+    "replay --log {empty}": "holds none",
+    "replay --log {log}": "log.json:2: temperature must be",
+    "replay --log {log} --temperature nan": "temperature",
+    "replay --log {log} --temperature 0.001": "temperature must be 0",
+    "replay --log {log} --top-p 0.5": "--temperature",
+    "replay --log {log} --profile {good} --draft-cost 0.2": "drop one",
+    "replay --log {log} --drafters ''": "drafter",
+    "replay --log {log} --max-draft-len 0": "draft_len",
+    "replay --log {log} --kv-budgets 8": "sink",
+    "replay --log {log} -o /nowhere/at/all/r.json": "folder",
     "sweep --dataset x.txt -o /nowhere/at/all/s.json": "folder",
 }
 

@@ -13,7 +13,7 @@ import planner
 from planner.cli.app import app
 from planner.errors import PlannerError
 
-for _command in ("profile", "plan", "estimate", "check", "sweep", "generate", "quickstart"):  # as --help lists them
+for _command in ("profile", "plan", "estimate", "check", "sweep", "replay", "generate", "quickstart"):  # as --help lists them
     import_module(f"planner.cli.{_command}")
 
 

@@ -16,7 +16,7 @@ from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import TargetText
 from planner.runtime.kv_cache import KVCache
-from planner.runtime.model import Transformer
+from planner.runtime.model import PREFILL_CHUNK, Transformer
 from planner.runtime.sampling import probability_of
 from planner.specs import DraftConfig, Sampler
 
@@ -56,7 +56,7 @@ def write_texts(
             output_len=len(output), distinct_4grams=distinct_4grams(output),
         )  # fmt: skip
         if len(output) >= 2:  # one token, from prefill, leaves nothing to draft
-            written.append(WrittenText(text, _judge(model, cache.stream(b), histories[b], output, sampler)))
+            written.append(WrittenText(text, judge(model, cache.stream(b), histories[b], output, sampler).target_text))
     return written
 
 
@@ -72,15 +72,28 @@ def replay(model: Transformer, written: TargetText, config: DraftConfig, text_in
     )
 
 
+class Judged(NamedTuple):
+    target_text: TargetText
+    own_probs: torch.Tensor  # [T-1] of token t+1 in this pass; 0 where the sampler, greedy too, could not have drawn it
+
+
 @torch.inference_mode()
-def _judge(model: Transformer, cache: KVCache, prompt: list[int], output: list[int], sampler: Sampler) -> TargetText:
-    """The probability of each token in a wide pass, as verification would see it; rewrites the text's keys and values."""
+def judge(model: Transformer, cache: KVCache, prompt: list[int], output: list[int], sampler: Sampler) -> Judged:
+    """The probability of each token in wide passes, as verification would see it; rewrites the text's keys and values.
+
+    cache  one stream that holds the prompt, with room for the output
+    """
     L, T = len(prompt), len(output)
     cache.truncate(L)
     tokens = torch.tensor(output, device=model.device)
-    positions = torch.arange(L, L + T - 1, device=model.device)[None]
-    hidden = model(tokens[None, :-1], positions, cache).hidden[0]
-    cache.commit([T - 1])
+    own_probs = []
+    for first in range(0, T - 1, PREFILL_CHUNK):
+        read = tokens[first : min(first + PREFILL_CHUNK, T - 1)]
+        positions = torch.arange(L + first, L + first + len(read), device=model.device)[None]
+        hidden = model(read[None], positions, cache).hidden[0]
+        cache.commit([len(read)])
+        own_probs.append(probability_of(model.logits(hidden), tokens[first + 1 : first + 1 + len(read)], sampler))
+    own_probs = torch.cat(own_probs)
     # Greedy: the text is the argmax by construction; a wide pass in bfloat16 disagrees with the narrow one at near-ties.
-    probs = torch.ones(T - 1, device=model.device) if sampler.greedy else probability_of(model.logits(hidden), tokens[1:], sampler)
-    return TargetText(prompt, output, probs, cache, sampler)
+    probs = torch.ones_like(own_probs) if sampler.greedy else own_probs
+    return Judged(TargetText(prompt, output, probs, cache, sampler), own_probs)

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from planner.measurements import MIN_DISTINCT_4GRAMS, Profile, RoundSample
 from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Plan, Sweep, SweepCell
+from planner.replays import ServedDrafter, ServedGroup, ServedReplay, UnitCosts
 from planner.specs import OBJECTIVES, DrafterSpec, KVPolicy, SparseKV, describe, describe_drafter, describe_kv, describe_sampler, describe_workload
 from planner.units import format_bytes
 
@@ -237,6 +238,31 @@ def show_sweep(sweep: Sweep, path: str | Path | None) -> None:
     _lines(console, [("Minutes", f"{sweep.minutes:.1f} for {len(cells)} configurations"), *_saved(path)])
 
 
+def show_replay(replay: ServedReplay, path: str | Path | None) -> None:
+    """Per group of lines: tokens per round by drafter and K, then what better choices of K could gain; its warnings go to stderr."""
+    console = _console()
+    show_warnings(replay.warnings)
+    _title(
+        console,
+        f"Replay of {clean(replay.log)} on {clean(replay.model)} ({replay.dtype}): {len(replay.texts)} of {replay.num_lines} lines, drawn with seed {replay.seed}",
+    )
+    units = isinstance(replay.costs, UnitCosts)
+    for group in replay.groups:
+        samplers = describe_sampler(group.samplers[0]) if len(group.samplers) == 1 else f"all {len(group.samplers)} samplers, as the log mixes them"
+        _title(console, f"{samplers[0].upper()}{samplers[1:]}: {group.num_texts} lines, {group.num_tokens} tokens written; tokens per round by K")
+        _show_table(console, *_lengths_table(group, replay.max_draft_len))
+        _title(console, f"Headroom of better choices of K: costs in {'plain steps' if units else 'ms'} per token, then what they change in %")
+        _show_table(console, *_headroom_table(group, units))
+        _lines(console, _headroom(group))
+    lines = [("Skipped", f"{count} lines: {clean(reason)}") for reason, count in replay.skipped.items()]
+    if units:
+        each = f"{replay.costs.draft_cost:g} of one for every token it drafts"
+        lines.append(("Costs", f"assumed: a round takes a plain step, and {each} (--draft-cost); --profile gives seconds"))
+    else:
+        lines.append(("Costs", f"round times of the profile with sha256 {clean(replay.costs.profile_sha256)[:HASH_CHARS]}"))
+    _lines(console, [*lines, ("Minutes", f"{replay.minutes:.1f}"), *_saved(path)])
+
+
 def show_files(files: Sequence[Path], minutes: float) -> None:
     """What a run wrote, and how long it took."""
     console = _console()
@@ -443,6 +469,47 @@ def _latency_table(profile: Profile) -> tuple[list[Column], list[list[Column]], 
     return keys, [columns], sorted(profile.rounds, key=lambda row: (row.role == "drift", row.batch, _round_name(row) != "off"))
 
 
+def _lengths_table(group: ServedGroup, max_draft_len: int) -> tuple[list[Column], list[list[Column]], list]:
+    """Of draft_len, the powers of two and the longest: what lies between is in the file."""
+    shown = sorted({2**i for i in range(max_draft_len.bit_length())} | {max_draft_len})
+
+    def tokens(row: ServedDrafter | None, k: int) -> str:
+        return "1.00" if row is None else _range(row.lengths[k - 1].tokens_per_round, decimals=2)
+
+    def accepted(row: ServedDrafter | None, k: int) -> str:
+        rate = None if row is None else row.lengths[k - 1].acceptance_rate
+        return "" if rate is None else f"{100 * rate.value:.0f}"
+
+    groups = [
+        [Column(f"K={k}\ntokens/round", lambda row, k=k: tokens(row, k)), Column("accepted\n%", lambda row, k=k: accepted(row, k))] for k in shown
+    ]
+    return [_served_name()], groups, [None, *group.drafters]
+
+
+def _headroom_table(group: ServedGroup, units: bool) -> tuple[list[Column], list[list[Column]], list]:
+    scale, decimals = (1.0, 3) if units else (1e3, None)
+
+    def of(row: ServedDrafter | None, show: Callable) -> str:
+        return "" if row is None else show(row.headroom)
+
+    def fixed(row: ServedDrafter | None) -> str:
+        return _number(scale * group.plain_cost) if row is None else _range(row.headroom.fixed, scale, decimals)
+
+    groups = [
+        [Column("best\nfixed K", lambda row: of(row, lambda h: str(h.draft_len))), Column("its\ncost", fixed)],
+        [
+            Column("best adaptive\nrule, %", lambda row: of(row, lambda h: _percent(h.adaptive_over_fixed))),
+            Column("which", lambda row: of(row, lambda h: clean(h.rule)), right=False),
+        ],
+        [Column("oracle,\n%", lambda row: of(row, lambda h: _percent(h.oracle_over_fixed)))],
+    ]
+    return [_served_name()], groups, [None, *group.drafters]
+
+
+def _served_name() -> Column:
+    return Column("drafter", lambda row: "off" if row is None else _drafter_name(row.drafter, row.kv), right=False)
+
+
 def _context_columns() -> list[Column]:
     """For rows that begin with (context_len, sampler, ...)."""
     return [Column("context", lambda row: str(row[0][0])), Column("sampler", lambda row: describe_sampler(row[0][1]), right=False)]
@@ -463,6 +530,24 @@ def _choice(plan: Plan) -> str:
     best = next((e for e in plan.runners_up if e.config == plan.best_speculative), None)
     reach = f", reaches {_range(best.speedup, decimals=2)} times the speed of plain decoding" if best else " is no faster than plain decoding"
     return f"Do not speculate: the best of {plan.num_candidates} configurations that does, {describe(plan.best_speculative)}{reach}"
+
+
+def _headroom(group: ServedGroup) -> list[tuple[str, str]]:
+    """The best of all drafters in three numbers, and whether the log is of this model."""
+
+    def least(cost: Callable[[ServedDrafter], float]) -> tuple[str, float]:
+        best = min(group.drafters, key=cost)
+        return _drafter_name(best.drafter, best.kv), group.plain_cost / cost(best)
+
+    (_, fixed), (drafter, adaptive), (ideal, oracle) = (
+        least(lambda d, kind=kind: getattr(d.headroom, kind).value) for kind in ("fixed", "adaptive", "oracle")
+    )
+    best = group.drafters[group.best]
+    name = f"{_drafter_name(best.drafter, best.kv)} K={best.headroom.draft_len}" if best.headroom.draft_len else "off"
+    share = f"{group.impossible / group.num_tokens:.1%}"
+    speeds = f"best fixed K {fixed:.2f} ({name}), best adaptive rule {adaptive:.2f} ({drafter}), clairvoyant oracle {oracle:.2f} ({ideal})"
+    strange = f"{group.impossible} of {group.num_tokens} tokens ({share}) could not have been drawn by this model and sampler"
+    return [("Headroom", f"times as fast as plain decoding: {speeds}"), ("Log", strange)]
 
 
 def _refused(plan: Plan) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from scipy import stats
 
 from planner.measurements import AcceptanceSample, Environment, Failure, MemorySample, Packed, PrefillSample, Profile, RoundSample, Text
 from planner.plans import Check, CheckCell, Estimate, Interval, Plan, Rejected, Sweep, SweepCell, Tie, Trial
+from planner.replays import Headroom, Length, ProfiledCosts, ServedDrafter, ServedGroup, ServedReplay, UnitCosts
 from planner.report import terminal
 from planner.specs import PLAIN, DeviceSpec, DraftConfig, DrafterSpec, FullKV, ModelSpec, Sampler, SparseKV, Workload, describe
 from planner.units import GIB, format_bytes
@@ -171,11 +172,37 @@ def a_profile(**changes) -> Profile:
     return msgspec.structs.replace(value, **changes)
 
 
+def a_replay(**changes) -> ServedReplay:
+    def drafter(spec, kv, tokens_per_round):
+        lengths = [
+            Length(draft_len=k, tokens_per_round=around(tokens_per_round + k / 10), acceptance_rate=around(0.61) if k < 3 else None, cost=around(0.6))
+            for k in (1, 2, 3)
+        ]
+        headroom = Headroom(
+            draft_len=2, fixed=around(0.625), rule="estimate 0.1", adaptive=around(0.6), adaptive_over_fixed=Interval(value=-0.04, low=-0.06, high=-0.02),
+            oracle=around(0.5), oracle_over_fixed=Interval(value=-0.2, low=-0.25, high=-0.15),
+        )  # fmt: skip
+        return ServedDrafter(drafter=spec, kv=kv, lengths=lengths, headroom=headroom)
+
+    drafters = [drafter(SELF_SPARSE, CHOICE.kv, 1.75), drafter(NGRAM, FullKV(), 1.05)]
+    groups = [
+        ServedGroup(samplers=samplers, num_texts=6, num_tokens=400, impossible=10, plain_cost=1.0, drafters=drafters, best=0)
+        for samplers in ([WARM, Sampler()], [WARM])
+    ]
+    value = ServedReplay(
+        planner_version="0.1.0", log="served.jsonl#12345678", num_lines=50, skipped={"too long": 3}, model="smollm2", target_fingerprint="f" * 16,
+        dtype="bfloat16", execution_mode="eager", weights="full", device="Some CPU", environment=an_environment(), seed=7,
+        costs=UnitCosts(draft_cost=0.1), max_draft_len=3, groups=groups, texts=[], acceptance=[], minutes=1.5,
+    )  # fmt: skip
+    return msgspec.structs.replace(value, **changes)
+
+
 REPORTS = {
     "plan": lambda **changes: terminal.show_plan(a_plan(**changes), "plan.json"),
     "check": lambda **changes: terminal.show_check(a_check(**changes), "check.json"),
     "sweep": lambda **changes: terminal.show_sweep(a_sweep(**changes), "sweep.json"),
     "profile": lambda **changes: terminal.show_profile(a_profile(**changes), "profile.json"),
+    "replay": lambda **changes: terminal.show_replay(a_replay(**changes), "replay.json"),
     "estimate": lambda notes=("extrapolated",): terminal.show_estimate(an_estimate(notes=notes), an_estimate(PLAIN, 0.0531)),
 }
 COLUMNS = {  # every column that a report must have, as one line
@@ -183,6 +210,7 @@ COLUMNS = {  # every column that a report must have, as one line
     "check": [],
     "sweep": ["TPOT ms", "end-to-end s", "tokens/round"],
     "profile": [],
+    "replay": ["tokens/round", "accepted", "oracle,"],
     "estimate": ["TPOT ms", "TTFT s"],
 }
 
@@ -352,6 +380,20 @@ def test_an_interval_across_two_units_names_both():
     assert terminal._memory(exact(5 * GIB)) == "5.00 GiB"
 
 
+def test_a_replay_shows_each_group_and_its_headroom(capsys, width):
+    terminal.show_replay(a_replay(), "replay.json")
+    out = capsys.readouterr().out
+    flat = " ".join(out.split())
+    assert "All 2 samplers, as the log mixes them: 6 lines, 400 tokens" in flat and "Temperature 0.8 top_p 0.95 top_k 50: 6 lines" in flat
+    row = cells(out, "self_sparse window 1024") if width > 80 else out
+    assert shown(around(1.85), 1, 2) in row and shown(around(2.05), 1, 2) in row  # K = 1 and the longest
+    assert shown(around(0.625), 1, 3) in row and "-4.0 [-6.0, -2.0]" in row and "-20.0 [-25.0, -15.0]" in row
+    fast = "best fixed K 1.60 (self_sparse window 1024 K=2), best adaptive rule 1.67 (self_sparse window 1024), clairvoyant oracle 2.00"
+    assert fast in flat and "10 of 400 tokens (2.5%)" in flat and "3 lines: too long" in flat and "0.1 of one for every token" in flat
+    terminal.show_replay(a_replay(costs=ProfiledCosts(profile_sha256="a" * 64)), None)
+    assert "ms per token" in capsys.readouterr().out
+
+
 # The form
 
 
@@ -404,6 +446,7 @@ def test_headers_carry_units(report, capsys, width):
         ("check", ["verdict"]),
         ("sweep", ["model"]),
         ("profile", ["model", "source", "execution_mode"]),
+        ("replay", ["log", "model"]),
         ("estimate", []),
     ],
 )
@@ -420,6 +463,7 @@ def test_hostile_names_do_no_harm(report, fields, name, capsys, monkeypatch):
             "warnings": [name], "failures": [Failure(cell=name, reason=name)], "minutes": {name: 1.0},
             "environment": an_environment(gpu={name: name}, torch=name), "device": DeviceSpec(kind="cpu", name=name, memory_bytes=GIB),
         },
+        "replay": {"warnings": [name], "skipped": {name: 1}},
         "estimate": {"notes": [name]},
     }  # fmt: skip
     REPORTS[report](**dict.fromkeys(fields, name), **lists[report])
@@ -497,7 +541,7 @@ def test_generation_stats_go_to_stderr(capsys):
 # JSON
 
 
-@pytest.mark.parametrize("make", [a_plan, a_check, a_sweep, a_profile, an_estimate])
+@pytest.mark.parametrize("make", [a_plan, a_check, a_sweep, a_profile, a_replay, an_estimate])
 def test_json_is_alone_on_stdout_and_reads_back(make, capsys):
     value = make()
     terminal.print_json(value)
