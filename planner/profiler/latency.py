@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 import torch
 
+from planner.errors import BadInput
 from planner.measurements import Failure, RoundSample
 from planner.profiler.timer import PhaseTimer
 from planner.runtime.decode import decode
@@ -43,6 +44,8 @@ def measure_pass(
 ) -> tuple[list[RoundSample], list[Failure]]:
     """A few rounds of every configuration at every context; a cell that runs out of memory is reported and passed over.
 
+    Of several ranks, one alone cannot pass over what the others have begun: there it ends the run.
+
     A batch is the same prompt in every stream; they go different ways from the first token on, as their generators differ.
     """
     samples, failures = [], []
@@ -58,6 +61,10 @@ def measure_pass(
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if (ranks := model.kernels.num_ranks) > 1:
+                    raise BadInput(
+                        f"{name} must fit on every device, one of {ranks} ran out of memory and the others wait for it; lower --batches or --contexts"
+                    ) from None
                 failures.append(Failure(cell=name, reason="out of memory"))
     return samples, failures
 
