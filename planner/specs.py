@@ -71,9 +71,9 @@ class ModelSpec(Spec, kw_only=True):
         for name in ("num_kv_heads", "intermediate_size"):
             if (value := getattr(self, name)) % num_ranks:
                 common = math.gcd(self.num_kv_heads, self.intermediate_size)
-                fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+                fitting = " or ".join(str(n) for n in range(1, common + 1) if common % n == 0)
                 raise BadInput(
-                    f"{name} must be a multiple of the number of ranks, got {value} and {num_ranks}; run {fitting} of them (--nproc-per-node)"
+                    f"{name} must be a multiple of the number of ranks, got {value} and {num_ranks}; start {fitting} (torchrun --nproc-per-node)"
                 )
         return msgspec.structs.replace(
             self, num_heads=self.num_heads // num_ranks, num_kv_heads=self.num_kv_heads // num_ranks,

@@ -87,9 +87,9 @@ class _Gathered(ShardedKernels):
 
     def linear(self, x: Tensor, matrix: Matrix) -> Tensor:
         own = super().linear(x, matrix)
-        parts = own.new_empty(self.num_ranks, *own.shape)
-        dist.all_gather_into_tensor(parts, own)
-        return parts.movedim(0, -2).flatten(-2)[..., : self.vocab_size]
+        parts = [torch.empty_like(own) for _ in range(self.num_ranks)]
+        dist.all_gather(parts, own)
+        return torch.cat(parts, -1)[..., : self.vocab_size]
 
 
 def load_shard(load: Callable[[], Checkpoint], ranks: Ranks) -> tuple[Checkpoint, ModelSpec]:
