@@ -1,4 +1,7 @@
-"""Files written whole or not at all, read with a limit, and journals that survive a kill."""
+"""Files written whole or not at all, read with a limit, and journals that survive a kill.
+
+Of the processes that torchrun starts, the first alone writes.
+"""
 
 import os
 import tempfile
@@ -10,6 +13,11 @@ import msgspec
 from planner.errors import BadInput
 
 MAX_JSON_BYTES = 256 * 2**20  # a profile of 64 texts and five contexts is about 10 MB
+
+
+def process_rank() -> int:
+    """Which of torchrun's processes this is; 0 without torchrun, whatever else sets RANK."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def read_bytes(path: str | Path, what: str) -> bytes:
@@ -28,6 +36,8 @@ def read_bytes(path: str | Path, what: str) -> bytes:
 
 def write_whole(path: str | Path, content: bytes) -> None:
     """Replace the file in one step; after a crash the old content or the new one is there, never half of it."""
+    if process_rank() > 0:
+        return
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".planner-")
     try:
@@ -87,6 +97,12 @@ class Journal:
 def journal_path(out: str | Path) -> Path:
     """Where the journal of a run that writes `out` lies: beside it."""
     return Path(f"{out}.journal.jsonl")
+
+
+def remove_journal(out: str | Path) -> None:
+    """The run is complete, and its result written."""
+    if process_rank() == 0:
+        journal_path(out).unlink(missing_ok=True)
 
 
 def _umask() -> int:

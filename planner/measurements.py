@@ -167,10 +167,11 @@ class Profile(Spec, kw_only=True):
     model: Name  # as the user named it: a path, or smollm2
     target: ModelSpec
     target_fingerprint: Name
-    weights_bytes: Size
+    weights_bytes: Size  # on one device
     dtype: DType
     execution_mode: Name
     weights: Weights = "full"  # of the target
+    tensor_parallel: Count = 1  # devices that share the target; every size in bytes is that of one of them
     device: DeviceSpec
     environment: Environment
     seed: int

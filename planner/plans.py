@@ -83,6 +83,7 @@ class Plan(Spec, kw_only=True):
     dtype: Name
     execution_mode: Name = "eager"
     weights: Weights = "full"  # of the target
+    tensor_parallel: Count = 1  # devices that share the target
     source: Name
     workload: Workload
     objective: Objective

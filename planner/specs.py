@@ -3,6 +3,7 @@
 Frozen and checked once, where they are made. Sizes are bytes, times are seconds, lengths are tokens.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -74,6 +75,23 @@ class ModelSpec(Spec, kw_only=True):
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
+
+    def shard(self, num_ranks: int) -> "ModelSpec":
+        """The shape of what one of several ranks holds: whole KV heads with their queries, and a part of every MLP.
+
+        The vocabulary stays: a rank holds a part of its rows, and sees all logits.
+        """
+        for name in ("num_kv_heads", "intermediate_size"):
+            if (value := getattr(self, name)) % num_ranks:
+                common = math.gcd(self.num_kv_heads, self.intermediate_size)
+                fitting = " or ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+                raise BadInput(
+                    f"{name} must be a multiple of the number of ranks, got {value} and {num_ranks}; start {fitting} (torchrun --nproc-per-node)"
+                )
+        return msgspec.structs.replace(
+            self, num_heads=self.num_heads // num_ranks, num_kv_heads=self.num_kv_heads // num_ranks,
+            intermediate_size=self.intermediate_size // num_ranks,
+        )  # fmt: skip
 
     def kv_bytes_per_token(self, dtype: DType) -> int:
         """Keys and values of one token over all layers."""

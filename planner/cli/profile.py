@@ -44,7 +44,7 @@ def profile(
 ) -> None:
     """Measure this device: acceptance by replay, latency by whole rounds. A journal lies beside --out until it is complete."""
     from planner.commands.profile import Settings
-    from planner.files import check_writable, journal_path
+    from planner.files import check_writable, remove_journal
     from planner.measurements import save_profile
     from planner.report import terminal
     from planner.specs import Sampler
@@ -67,5 +67,5 @@ def profile(
             progress=progress,
         )  # fmt: skip
     save_profile(result, out)
-    journal_path(out).unlink(missing_ok=True)
+    remove_journal(out)
     terminal.print_json(result) if as_json else terminal.show_profile(result, out)

@@ -57,7 +57,7 @@ def sweep(
 ) -> None:
     """The brute-force grid that a plan replaces: every configuration run on every text."""
     from planner.commands.check import grid
-    from planner.files import check_writable, journal_path
+    from planner.files import check_writable, remove_journal
     from planner.plans import save_sweep
     from planner.report import terminal
     from planner.specs import Sampler, Workload
@@ -79,5 +79,5 @@ def sweep(
             resume=resume, progress=progress,
         )  # fmt: skip
     save_sweep(result, out)
-    journal_path(out).unlink(missing_ok=True)
+    remove_journal(out)
     terminal.print_json(result) if as_json else terminal.show_sweep(result, out)

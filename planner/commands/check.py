@@ -8,9 +8,8 @@ import msgspec
 
 import planner
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, open_session
+from planner.commands.session import Session, open_journal, open_session
 from planner.errors import BadInput
-from planner.files import Journal, journal_path
 from planner.measurements import fingerprint
 from planner.plans import (
     PER_MILLION_TOKENS,
@@ -67,6 +66,11 @@ def run_check(
         raise BadInput(
             f"a plan is checked on the model it was made for ({plan.target_fingerprint}), this one is {session.model.fingerprint}; profile this model"
         )
+    if session.ranks.size != plan.tensor_parallel:
+        raise BadInput(
+            f"a plan is checked on as many devices as it was made for ({plan.tensor_parallel}), got {session.ranks.size}; "
+            f"use torchrun --nproc-per-node {plan.tensor_parallel} -m planner.cli check, or profile again"
+        )
     if num_texts < 2:
         raise BadInput(f"a paired comparison needs at least 2 texts, got {num_texts}; raise --texts")
     began = time.perf_counter()
@@ -91,7 +95,7 @@ def run_check(
         running = [config for config in arms if config in racing or config == plan.chosen]
         if done:
             progress.stage("telling the tied ones apart", step * len(running))
-        with open_counter(session.model.device) as (counter, _):
+        with open_counter(session.model.device, session.ranks.size) as (counter, _):
             for trial in run_trials(
                 session.model, prompts[done : done + step], running, workload.sampler, output_len=workload.output_len,
                 stop_tokens=session.tokenizer.stop_tokens, seed=seed + done, batch=workload.batch, warm=done == 0, counter=counter,
@@ -101,11 +105,14 @@ def run_check(
         done += step
         if epsilon is None:
             break
-        racing, shown = tied_within(objective_by_text(trials, plan.objective), plan.chosen, epsilon, looks)
+        racing, shown = session.ranks.first(
+            lambda: tied_within(objective_by_text(trials, plan.objective), plan.chosen, epsilon, looks), tuple[set[DraftConfig], bool | None]
+        )
         if shown is not None:
             break
     warnings = complaints(environment) + _shared_moments(workload.batch, done)
-    return _report(plan, plan_sha256, arms, trials, environment, warnings, (time.perf_counter() - began) / 60, epsilon, shown)
+    minutes = (time.perf_counter() - began) / 60
+    return session.ranks.first(lambda: _report(plan, plan_sha256, arms, trials, environment, warnings, minutes, epsilon, shown), Check)
 
 
 def sweep(
@@ -144,11 +151,11 @@ def sweep(
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=count, seed=seed)
     header = _SweepRun(
         planner=planner.__version__, fingerprint=session.model.fingerprint, device=describe_device(session.model.device).name, dtype=dtype,
-        execution=session.model.kernels.execution,
+        execution=session.model.kernels.execution, tensor_parallel=session.ranks.size,
         workload=workload, seed=seed, texts=[prompt.key for prompt in prompts],
     )  # fmt: skip
-    journal = Journal(journal_path(out), header, resume=resume)
-    entries = [entry for entry in journal.entries(_Finished) if entry.trial.config in arms]
+    keep, entries = open_journal(session, out, header, _Finished, resume=resume)
+    entries = [entry for entry in entries if entry.trial.config in arms]
     trials, earlier_minutes = [entry.trial for entry in entries], sum(entry.minutes for entry in entries)
     progress.stage("sweep", len(arms) * len(prompts))
     progress.advance(len(trials))
@@ -166,13 +173,13 @@ def sweep(
         skip=known,
     ):
         now = time.perf_counter()
-        journal.add(_Finished(trial=trial, minutes=(now - last) / 60))
+        keep(_Finished(trial=trial, minutes=(now - last) / 60))
         last = now
         trials.append(trial)
         progress.advance()
     minutes = earlier_minutes + (time.perf_counter() - began) / 60
     warnings = complaints(environment) + session.warnings + _shared_moments(workload.batch, len(prompts))
-    return _sweep_report(model, workload, arms, trials, environment, warnings, minutes)
+    return session.ranks.first(lambda: _sweep_report(model, workload, arms, trials, environment, warnings, minutes), Sweep)
 
 
 def grid(
@@ -205,6 +212,7 @@ class _SweepRun(msgspec.Struct, kw_only=True):
     device: str
     dtype: str
     execution: str
+    tensor_parallel: int
     workload: Workload
     seed: int
     texts: list[str]

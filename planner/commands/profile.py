@@ -9,9 +9,8 @@ import msgspec
 
 import planner
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, open_session
+from planner.commands.session import Session, open_journal, open_session
 from planner.errors import BadInput
-from planner.files import Journal, journal_path
 from planner.measurements import (
     AcceptanceSample,
     EnergySample,
@@ -90,21 +89,19 @@ def measure(
     environment = read_environment(session.model.device)
     device = describe_device(session.model.device)
     _check_room(session, device, settings)
-    group = _group_size(session, device, settings)
+    group = session.ranks.first(lambda: _group_size(session, device, settings), int)
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
     header = _Run(
         planner_version=planner.__version__, fingerprint=session.model.fingerprint, device=device.name, num_cores=device.num_cores,
         dtype=str(session.model.dtype), execution=session.model.kernels.execution, settings=settings._replace(max_minutes=None), group=group,
-        texts=[prompt.key for prompt in prompts],
+        tensor_parallel=session.ranks.size, texts=[prompt.key for prompt in prompts],
     )  # fmt: skip
-    journal = None if out is None else Journal(journal_path(out), header, resume=resume)
-    done = list(journal.entries(_PassDone | _TextsDone)) if journal else []
+    keep, done = (lambda entry: None, []) if out is None else open_journal(session, out, header, _PassDone | _TextsDone, resume=resume)
     deadline = None if settings.max_minutes is None else began + 60 * settings.max_minutes
     num_earlier = len(done)
 
     def finish(entry: "_PassDone | _TextsDone") -> None:
-        if journal:
-            journal.add(entry)
+        keep(entry)
         done.append(entry)
 
     timing = _Timing(session, _prepare(session, prompts[0], settings), settings, [entry for entry in done if isinstance(entry, _PassDone)])
@@ -130,7 +127,8 @@ def measure(
         "other": (time.perf_counter() - began) / 60 - sum(entry.minutes for entry in done[num_earlier:]),
     }
     found = _Measured(timing, again, [entry for entry in done if isinstance(entry, _TextsDone)], energy, minutes)
-    return _profile(model, session, settings, device, environment, found, complaints(environment) + session.warnings + warnings + energy.warnings)
+    warnings = complaints(environment) + session.warnings + warnings + energy.warnings
+    return session.ranks.first(lambda: _profile(model, session, settings, device, environment, found, warnings), Profile)
 
 
 class _Measured(NamedTuple):
@@ -157,12 +155,13 @@ def _profile(
     texts, samples, prefill = _assembled(found.texts, settings)
     return Profile(
         model=model,
-        target=session.model.spec,
+        target=session.target,
         target_fingerprint=session.model.fingerprint,
         weights_bytes=session.model.nbytes,
         dtype=str(session.model.dtype).removeprefix("torch."),
         execution_mode=session.model.kernels.execution,
         weights=session.weights,
+        tensor_parallel=session.ranks.size,
         device=device,
         environment=environment,
         seed=settings.seed,
@@ -221,6 +220,7 @@ class _Run(msgspec.Struct, kw_only=True):
     execution: str
     settings: Settings
     group: int
+    tensor_parallel: int
     texts: list[str]
 
 
@@ -399,7 +399,7 @@ class _Timing:
         from planner.profiler.latency import energy_pass
 
         samples, skip = [], {failure.cell for failure in self.failures}
-        with open_counter(self._session.model.device) as (counter, warnings):
+        with open_counter(self._session.model.device, self._session.ranks.size) as (counter, warnings):
             if counter is None:
                 return _Energy([], None, warnings)
             progress.stage("energy", len(self._settings.batches))
@@ -453,7 +453,8 @@ def _measure_acceptance(
         todo = [(c, s) for c in settings.contexts for s in settings.samplers if (first, c, s) not in known]
         if not todo:
             continue
-        if first >= MIN_TEXTS and deadline is not None and time.perf_counter() + group_s > deadline:
+        late = deadline is not None and session.ranks.first(lambda: time.perf_counter() + group_s > deadline, bool)  # noqa: B023 - called here
+        if first >= MIN_TEXTS and late:
             warnings.append(f"stopped after {first} of {len(prompts)} texts, --max-minutes was up: intervals are wider than asked for")
             return
         cache = model.new_cache(capacity, batch=len(batch))

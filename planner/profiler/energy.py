@@ -35,8 +35,14 @@ class Reading(NamedTuple):
 
 
 @contextmanager
-def open_counter(device: torch.device) -> Iterator[tuple[Counter | None, list[str]]]:
-    """The device's counter while the context lasts; None where there is none, on CUDA with a warning that says why."""
+def open_counter(device: torch.device, num_ranks: int = 1) -> Iterator[tuple[Counter | None, list[str]]]:
+    """The device's counter while the context lasts; None where there is none, on CUDA with a warning that says why.
+
+    num_ranks  processes that share the model: each would count until its own second is over, and leave the others behind
+    """
+    if num_ranks > 1:
+        yield None, [f"no energy was measured, it is counted on one device only and there are {num_ranks}: plans will show no J per token"]
+        return
     if device.type != "cuda":
         packages = rapl_packages()
         yield (RaplCounter(packages) if packages else None), []

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import torch
 
+from planner.errors import BadInput
 from planner.measurements import EnergySample, Failure, RoundSample
 from planner.profiler.energy import Counter, measure_energy
 from planner.profiler.timer import PhaseTimer, synchronize
@@ -48,6 +49,8 @@ def measure_pass(
     skip: set[str] = frozenset(),  # cells that failed before
 ) -> tuple[list[RoundSample], list[Failure]]:
     """A few rounds of every configuration at every context; a cell that runs out of memory is reported and passed over.
+
+    Of several ranks, one alone cannot pass over what the others have begun: there it ends the run.
 
     A batch is the same prompt in every stream; they go different ways from the first token on, as their generators differ.
     """
@@ -98,6 +101,10 @@ def _over_cells(
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if (ranks := model.kernels.num_ranks) > 1:
+                    raise BadInput(
+                        f"{name} must fit on every device, one of {ranks} ran out of memory and the others wait for it; lower --batches or --contexts"
+                    ) from None
                 failures.append(Failure(cell=name, reason="out of memory"))
     return samples, failures
 

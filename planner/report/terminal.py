@@ -130,7 +130,7 @@ def show_profile(profile: Profile, path: str | Path | None) -> None:
     _title(
         console,
         f"Profile of {clean(profile.model)} ({profile.dtype}, {format_bytes(profile.weights_bytes)} of weights) "
-        f"on {clean(device.name)} ({format_bytes(device.memory_bytes)}{cores}), {clean(profile.source)}, {clean(profile.execution_mode)}",
+        f"on {f'{profile.tensor_parallel} x ' * (profile.tensor_parallel > 1)}{clean(device.name)} ({format_bytes(device.memory_bytes)}{cores}), {clean(profile.source)}, {clean(profile.execution_mode)}",
     )
     _title(console, "Texts that the target wrote")
     _show_table(console, *_texts_table(profile))

@@ -77,7 +77,7 @@ def decode(
     histories, ended = streams.histories, streams.ended
     drafter.start(cache, histories)
     first = sample(probabilities(first_logits, sampler), uniforms(generators, 1)[:, 0])
-    opening = Round(streams.emit([[token] for token in first.tolist()]), [0] * B, [0] * B)
+    opening = Round(streams.emit([[token] for token in model.kernels.agreed(first).tolist()]), [0] * B, [0] * B)
     mark("select")
     yield opening
 
@@ -100,7 +100,7 @@ def decode(
             probabilities(model.logits(hidden), sampler),
             torch.cat([uniform[:, :K], uniform[:, -1:]], 1),
         )
-        host = torch.cat([verdict.num_accepted[:, None], verdict.next_tokens[:, None], draft.tokens], 1).tolist()
+        host = model.kernels.agreed(torch.cat([verdict.num_accepted[:, None], verdict.next_tokens[:, None], draft.tokens], 1)).tolist()
         mark("verify")
 
         accepted = [0 if ended[b] else row[0] for b, row in enumerate(host)]

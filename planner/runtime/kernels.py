@@ -24,13 +24,26 @@ class Kernels:
     """Eager PyTorch. Subclasses replace what they do better and leave the rest to this."""
 
     execution = "eager"
+    num_ranks = 1  # processes that share the model, `parallel`
 
     def forget(self) -> None:
         """Drop what is known of where weights lie: they have been moved or converted."""
 
+    def embed(self, tokens: Tensor, embedding: Tensor) -> Tensor:
+        """[B, n] -> [B, n, C]."""
+        return F.embedding(tokens, embedding)
+
     def linear(self, x: Tensor, matrix: "Matrix") -> Tensor:  # noqa: F821  planner.runtime.linear
         """[..., in] -> [..., out]."""
         return matrix.multiply(x)
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """All rows of a head, of which a rank may hold a part."""
+        return rows
+
+    def agreed(self, drawn: Tensor) -> Tensor:
+        """What a round drew, once it is known that all ranks drew the same."""
+        return drawn
 
     def run(
         self,

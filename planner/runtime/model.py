@@ -7,7 +7,6 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planner.runtime.kernels import Kernels, QueryKernels, Rotation
@@ -92,7 +91,7 @@ class Transformer(nn.Module):
     def _run(
         self, kernels: Kernels, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None, taps: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        x = F.embedding(tokens, self.embedding)
+        x = self.kernels.embed(tokens, self.embedding)
         angles = positions[..., None].float() * self.inverse_frequency  # [B, n, D/2]
         rotation = Rotation(angles.cos(), angles.sin())
         return kernels.run(self.layers, self.norm, self.spec.rms_norm_eps, x, rotation, cache, mask, taps)
@@ -116,7 +115,7 @@ class Transformer(nn.Module):
             head = self.head
             if tokens is not None:
                 kept = torch.tensor(tokens, device=self.device)
-                rows = Linear(self.head.restored(self.dtype)[kept], self.kernels)
+                rows = Linear(self.kernels.whole(self.head.restored(self.dtype))[kept], self.kernels)
                 head = ReducedHead(quantized(rows, weights), kept, self.spec.vocab_size)
             elif weights != "full":
                 head = quantized(head, weights)

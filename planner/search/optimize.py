@@ -63,6 +63,7 @@ def make_plan(
         dtype=profile.dtype,
         execution_mode=profile.execution_mode,
         weights=profile.weights,
+        tensor_parallel=profile.tensor_parallel,
         source=profile.source,
         workload=workload,
         objective=objective,
@@ -131,7 +132,8 @@ def _what_settles(chosen: Prediction, other: Prediction, gap: Interval) -> str:
 def command(profile: Profile, config: DraftConfig, workload: Workload) -> str:
     """The line to paste: the own runtime with the chosen setting."""
     usual_execution = "native" if profile.device.kind == "cpu" else "eager"
-    words = ["planner generate", f"--model {shlex.quote(profile.model)}"]
+    launcher = "planner" if profile.tensor_parallel == 1 else f"torchrun --nproc-per-node {profile.tensor_parallel} -m planner.cli"
+    words = [f"{launcher} generate", f"--model {shlex.quote(profile.model)}"]
     words += [f"--dtype {profile.dtype}"] * (profile.dtype != "bfloat16") + [f"--weights {profile.weights}"] * (profile.weights != "full")
     words += [f"--execution {profile.execution_mode}"] * (profile.execution_mode != usual_execution) + [f"--drafter {config.drafter.kind}"]
     words += [f"--drafter-weights {config.drafter.weights}"] * (config.drafter.weights != "full")

@@ -118,3 +118,12 @@ def test_a_full_cache_policy_costs_no_second_cache():
     ngram = DraftConfig(drafter=NGRAM, kv=FullKV(), draft_len=4)
     saved = counted_bytes(profile, sparse(64), WORKLOAD) - counted_bytes(profile, ngram, WORKLOAD)
     assert saved == sparse_cache_bytes(profile.target, "float32", budget=64, draft_len=4)
+
+
+def test_devices_that_share_a_model_share_its_caches():
+    alone, shared = (made_profile(memory=[], weights_bytes=1000, tensor_parallel=number) for number in (1, 2))
+    for config in (PLAIN, sparse(64)):
+        caches = counted_bytes(alone, config, WORKLOAD) - 1000 - logits_bytes(alone.target, config.draft_len)
+        assert counted_bytes(shared, config, WORKLOAD) == 1000 + caches // 2 + logits_bytes(shared.target, config.draft_len)
+    cap = int(resident_bytes(shared, sparse(64), WORKLOAD).value)
+    assert largest_budget(shared, sparse(512), WORKLOAD, cap) == 64
