@@ -18,7 +18,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from planner.errors import BadInput
-from planner.runtime.weights import MAX_JSON_BYTES, MAX_VOCAB, MIB, Fields, one_line, read_gguf, read_json
+from planner.runtime.fields import MAX_JSON_BYTES, MAX_VOCAB, MIB, Fields, one_line, read_json
+from planner.runtime.gguf_file import read_gguf
 
 MAX_TEMPLATE_CHARS = 2**20  # published templates are under 20K
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of GGUF
