@@ -14,18 +14,22 @@ class Session(NamedTuple):
     tokenizer: "Tokenizer"  # noqa: F821  planner.runtime.tokenizer
     base_bytes: int  # memory in use before the model was loaded
     weights: Weights  # of the target
+    rope_theta: float | None  # what was given in place of the checkpoint's
+    max_context_len: int | None
     warnings: list[str]  # what is slower than it might be, and why
 
 
 def open_session(
-    model: str, *, dtype: str = "bfloat16", device: str | None = None, execution: Execution | None = None, weights: Weights = "full"
-) -> Session:
+    model: str, *, dtype: str = "bfloat16", device: str | None = None, execution: Execution | None = None, weights: Weights = "full",
+    rope_theta: float | None = None, max_context_len: int | None = None,
+) -> Session:  # fmt: skip
     """Load a model (a folder, a GGUF file, or smollm2) onto a device. BadInput names what is wrong with it.
 
     execution  how its passes run: eager (PyTorch, op by op), native (compiled kernels, CPU) or cuda_graphs; without
                it, native on a CPU where it can be built and eager elsewhere: on CUDA too, until somebody has
                measured graphs there
     weights    full (in dtype), int8 or int4: a quantised target is then the target, and its output is the truth
+    rope_theta, max_context_len   replace the checkpoint's, as load_checkpoint says
     """
     try:
         import torch
@@ -46,8 +50,9 @@ def open_session(
     base_bytes = PeakMemory(found).now()
     path = default_model_path() if model == DEFAULT_MODEL else Path(model)
     tokenizer = load_tokenizer(path)
-    target = build_model(load_checkpoint(path, dtypes[dtype], found), kernels, tokenizer.special_tokens).cheaper(weights)
-    return Session(target, tokenizer, base_bytes, weights, warnings)
+    checkpoint = load_checkpoint(path, dtypes[dtype], found, rope_theta=rope_theta, max_context_len=max_context_len)
+    target = build_model(checkpoint, kernels, tokenizer.special_tokens).cheaper(weights)
+    return Session(target, tokenizer, base_bytes, weights, rope_theta, max_context_len, warnings)
 
 
 def _kernels(execution: Execution | None, device, dtype) -> tuple["Kernels", list[str]]:  # noqa: F821  planner.runtime.kernels

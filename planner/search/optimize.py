@@ -55,6 +55,8 @@ def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, obje
         dtype=profile.dtype,
         execution_mode=profile.execution_mode,
         weights=profile.weights,
+        rope_theta=profile.rope_theta,
+        max_context_len=profile.max_context_len,
         source=profile.source,
         workload=workload,
         objective=objective,
@@ -124,6 +126,8 @@ def command(profile: Profile, config: DraftConfig, workload: Workload) -> str:
     usual_execution = "native" if profile.device.kind == "cpu" else "eager"
     words = ["planner generate", f"--model {shlex.quote(profile.model)}"]
     words += [f"--dtype {profile.dtype}"] * (profile.dtype != "bfloat16") + [f"--weights {profile.weights}"] * (profile.weights != "full")
+    words += [f"--rope-theta {profile.rope_theta}"] * (profile.rope_theta is not None)
+    words += [f"--max-context {profile.max_context_len}"] * (profile.max_context_len is not None)
     words += [f"--execution {profile.execution_mode}"] * (profile.execution_mode != usual_execution) + [f"--drafter {config.drafter.kind}"]
     words += [f"--drafter-weights {config.drafter.weights}"] * (config.drafter.weights != "full")
     words += [f"--drafter-vocab {config.drafter.vocab}"] * (config.drafter.vocab is not None)

@@ -18,8 +18,9 @@ from planner.runtime.linear import Int4Linear, Int8Linear, Linear
 def tiny_files(monkeypatch):
     """A made-up model in place of the files of a real one."""
 
-    def load(path, dtype, device):
-        checkpoint = tiny_checkpoint(**NATIVE)
+    def load(path, dtype, device, rope_theta, max_context_len):
+        given = {"rope_theta": rope_theta, "max_context_len": max_context_len}
+        checkpoint = tiny_checkpoint(**NATIVE | {name: value for name, value in given.items() if value is not None})
         return checkpoint._replace(tensors={name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()})
 
     monkeypatch.setattr("planner.runtime.weights.load_checkpoint", load)
@@ -99,3 +100,10 @@ def test_other_words_are_refused_with_those_there_are(options, words):
 def test_cuda_graphs_on_a_cpu_are_refused():
     with pytest.raises(BadInput, match="cuda_graphs"):
         opened(execution="cuda_graphs")
+
+
+def test_rope_theta_and_the_longest_context_reach_the_model_and_are_remembered():
+    session = opened(rope_theta=2e5, max_context_len=9000)
+    assert (session.model.spec.rope_theta, session.model.spec.max_context_len) == (2e5, 9000)
+    assert (session.rope_theta, session.max_context_len) == (2e5, 9000)
+    assert (opened().rope_theta, opened().max_context_len) == (None, None)
