@@ -16,7 +16,7 @@ from transformers.utils import logging
 from planner.runtime.model import Transformer, build_model
 from planner.runtime.weights import load_checkpoint
 
-LENGTH, DRAWN, VOCAB_SIZE = 70, 16, 97  # tokens read, tokens written greedily behind them
+LENGTH, DRAWN, VOCAB_SIZE = 56, 8, 97  # tokens read, tokens written greedily behind them
 SIZES = {
     "hidden_size": 32, "intermediate_size": 56, "vocab_size": VOCAB_SIZE, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "initializer_range": 0.25, "tie_word_embeddings": False,
