@@ -105,6 +105,14 @@ def run(model, prompts, config):
 
 
 @KERNELS
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_biases_and_norms_of_heads_are_recorded_too(kernels, architecture):
+    eager, graphs = models(kernels(), architecture=architecture)
+    prompts = [random_prompt(length, seed=length) for length in (30, 7)]
+    assert run(graphs, prompts, CONFIGS["window"]) == run(eager, prompts, CONFIGS["window"]) == run(eager, prompts, PLAIN)
+
+
+@KERNELS
 @pytest.mark.parametrize("lengths", [[5], [12, 12], [30, 7, 19]], ids=str)
 @torch.inference_mode()
 def test_passes_equal_eager_ones_and_write_the_same_keys(kernels, lengths):
