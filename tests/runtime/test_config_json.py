@@ -1,5 +1,7 @@
 """config.json means what transformers takes it for, and what the runtime cannot compute is refused by name."""
 
+import json
+
 import pytest
 from checkpoints import edit, load, make_model, refused
 
@@ -198,3 +200,47 @@ def test_a_quantised_folder_has_a_shape_but_is_not_run(folder, method):
     assert read_spec(folder) == before
     with refused("quantization_config.quant_method", str(method), "supported are", "fp8", "GGUF"):
         load(folder)
+
+
+# ---- published models
+
+
+def config(architecture: str, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, **others) -> dict:
+    return {
+        "model_type": architecture, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocab, "max_position_embeddings": context, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "tie_word_embeddings": False, **others,
+    }  # fmt: skip
+
+
+LLAMA_3_SCALING = LLAMA31 | {"rope_type": "llama3"}
+QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28}
+PUBLISHED = {  # config.json as published, weights as their makers count them, longest context
+    "TinyLlama-1.1B": (config("llama", 2048, 5632, 22, 32, 4, 32_000, 2048, rope_scaling=None, pretraining_tp=1), 1_100_048_384, 2048),
+    "Llama-2-7b": (config("llama", 4096, 11_008, 32, 32, 32, 32_000, 4096, rope_scaling=None), 6_738_415_616, 4096),
+    "Llama-3.1-8B": (config("llama", 4096, 14_336, 32, 32, 8, 128_256, 131_072, rope_theta=5e5, rope_scaling=LLAMA_3_SCALING,
+        attention_bias=False, mlp_bias=False), 8_030_261_248, 131_072),
+    "Llama-3.2-1B": (config("llama", 2048, 8192, 16, 32, 8, 128_256, 131_072, rope_theta=5e5, head_dim=64, tie_word_embeddings=True,
+        rope_scaling=LLAMA_3_SCALING | {"factor": 32.0}), 1_235_814_400, 131_072),
+    "Mistral-7B-v0.3": (config("mistral", 4096, 14_336, 32, 32, 8, 32_768, 32_768, rope_theta=1e6, sliding_window=None), 7_248_023_552, 32_768),
+    "Qwen2.5-7B": (config("qwen2", 3584, 18_944, 28, 28, 4, 152_064, 131_072, rope_theta=1e6, **QWEN_WINDOW), 7_615_616_512, 131_072),
+    "Qwen2.5-7B-Instruct, yarn as its card says": (config("qwen2", 3584, 18_944, 28, 28, 4, 152_064, 32_768, rope_theta=1e6, **QWEN_WINDOW,
+        rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32_768, "type": "yarn"}), 7_615_616_512, 131_072),
+    "Qwen3-8B": (config("qwen3", 4096, 12_288, 36, 32, 8, 151_936, 40_960, rope_theta=1e6, head_dim=128, attention_bias=False, rope_scaling=None,
+        **QWEN_WINDOW | {"sliding_window": None}), 8_190_735_360, 40_960),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "num_parameters", "max_context_len"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_models_have_as_many_weights_as_their_makers_say(tmp_path, values, num_parameters, max_context_len):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    spec = read_spec(tmp_path)
+    assert (spec.architecture, spec.num_parameters, spec.max_context_len) == (values["model_type"], num_parameters, max_context_len)
+
+
+def test_mistral_7b_v01_runs_within_its_window(tmp_path):
+    values = config("mistral", 4096, 14_336, 32, 32, 8, 32_000, 32_768, sliding_window=4096)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with refused("sliding windows", "--max-context 4096"):
+        read_spec(tmp_path)
+    assert read_spec(tmp_path, max_context_len=4096).num_parameters == 7_241_732_096
