@@ -84,6 +84,8 @@ def _window(config: Fields, architecture: str, num_layers: int) -> int | None:
             return None
         case "qwen2" | "qwen3":
             layers = config.get("layer_types") or []
+            if not isinstance(layers, list):
+                raise config.refusal("layer_types", "must be a list")
             slides = "sliding_attention" in layers if layers else config.integer("max_window_layers", MAX_LAYERS, 28, least=0) < num_layers
             if not config.flag("use_sliding_window", False) or not slides:
                 return None

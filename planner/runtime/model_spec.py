@@ -34,7 +34,7 @@ def make_spec(source: Path, overrides: Overrides, window: int | None, **values: 
     """
     scaling = values["rope_scaling"]
     if isinstance(scaling, YarnRope):
-        values["max_context_len"] = max(values["max_context_len"], int(scaling.factor * scaling.original_max_position))
+        values["max_context_len"] = max(values["max_context_len"], min(MAX_CONTEXT, int(scaling.factor * scaling.original_max_position)))
     reach = declared = values["max_context_len"]
     if overrides.rope_theta is not None or isinstance(scaling, DynamicRope):
         reach = MAX_CONTEXT

@@ -169,6 +169,18 @@ def test_a_window_is_fine_where_no_text_outgrows_it(folder, window):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{"layer_types": 3}, {"max_window_layers": -1}, {"use_sliding_window": 1}, {"use_sliding_window": True, "sliding_window": "x"}],
+    ids=str,
+)
+def test_absurd_windows_are_refused(folder, changes):
+    edit(folder / "config.json", model_type="qwen2", max_window_layers=0)
+    edit(folder / "config.json", **changes)
+    with refused("config.json", list(changes)[-1]):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize(
     ("changes", "slides"),
     [
         ({}, False),
