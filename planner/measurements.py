@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from planner.errors import BadInput
 from planner.files import read_bytes, write_whole
-from planner.specs import Count, DeviceSpec, DrafterSpec, DType, KVPolicy, ModelSpec, Sampler, Size, Spec, Weights
+from planner.specs import Count, DeviceSpec, DrafterSpec, DType, KVPolicy, ModelSpec, Positive, Sampler, Size, Spec, Weights
 
 SCHEMA_VERSION = 1
 
@@ -172,6 +172,8 @@ class Profile(Spec, kw_only=True):
     execution_mode: Name
     weights: Weights = "full"  # of the target
     tensor_parallel: Count = 1  # devices that share the target; every size in bytes is that of one of them
+    rope_theta: Positive | None = None  # as the user gave it; what the checkpoint says otherwise, and `target` in either case
+    max_context_len: Count | None = None  # likewise
     device: DeviceSpec
     environment: Environment
     seed: int

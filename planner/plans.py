@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from planner.files import read_bytes, write_whole
 from planner.measurements import Environment, Name, Natural, Seconds, decode_checked, encode
-from planner.specs import Count, DraftConfig, Objective, Price, Size, Spec, Weights, Workload
+from planner.specs import Count, DraftConfig, Objective, Positive, Price, Size, Spec, Weights, Workload
 
 PLAN_SCHEMA_VERSION = 1
 CONFIDENCE = 0.90
@@ -84,6 +84,8 @@ class Plan(Spec, kw_only=True):
     execution_mode: Name = "eager"
     weights: Weights = "full"  # of the target
     tensor_parallel: Count = 1  # devices that share the target
+    rope_theta: Positive | None = None  # as the profile's user gave it, in place of the checkpoint's
+    max_context_len: Count | None = None  # likewise
     source: Name
     workload: Workload
     objective: Objective

@@ -14,6 +14,9 @@ from planner.errors import BadInput
 
 Count = Annotated[int, Meta(ge=1, le=2**40)]
 Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes
+Positive = Annotated[float, Meta(gt=0, le=1e15)]
+Factor = Annotated[float, Meta(ge=1, le=1e6)]  # how much longer a text may be
+Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 DType = Literal["float32", "float16", "bfloat16"]
 Weights = Literal["full", "int8", "int4"]  # full: in the dtype the model was loaded in
 Execution = Literal["eager", "native", "cuda_graphs"]
@@ -45,11 +48,63 @@ def checked(value):
         raise BadInput(str(error)) from None
 
 
+class LinearRope(Spec, kw_only=True, tag_field="kind", tag="linear"):
+    """Position interpolation (arXiv:2306.15595): all rotary frequencies are divided by `factor`."""
+
+    factor: Factor
+
+
+class Llama3Rope(Spec, kw_only=True, tag_field="kind", tag="llama3"):
+    """Llama 3.1: wavelengths above original_max_position / low_freq_factor are stretched, those below
+    original_max_position / high_freq_factor are kept, with a smooth passage between them."""
+
+    factor: Factor
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position: Count
+
+    def __post_init__(self):
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor must be above low_freq_factor ({self.low_freq_factor}), got {self.high_freq_factor}")
+
+
+class YarnRope(Spec, kw_only=True, tag_field="kind", tag="yarn"):
+    """YaRN (arXiv:2309.00071): dimensions that turn fewer than beta_slow times within original_max_position are stretched,
+    those that turn more than beta_fast times are kept, with a ramp between them."""
+
+    factor: Factor
+    original_max_position: Count
+    attention_factor: Positive  # multiplies cosines and sines, so scores grow with its square
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    truncate: bool = True  # the ramp begins and ends at whole dimensions
+
+    def __post_init__(self):
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast must be above beta_slow ({self.beta_slow}), got {self.beta_fast}")
+
+
+class DynamicRope(Spec, kw_only=True, tag_field="kind", tag="dynamic"):
+    """NTK-aware scaling: the base grows with the total length, for which ModelSpec.max_context_len stands throughout."""
+
+    factor: Factor
+    original_max_position: Count  # total lengths up to here change nothing
+
+
+class FactorsRope(Spec, kw_only=True, tag_field="kind", tag="factors"):
+    """A divisor for each rotary frequency, as GGUF files of Llama 3 carry them."""
+
+    factors: tuple[Positive, ...]  # head_dim / 2 of them, the fastest frequency first
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope | DynamicRope | FactorsRope
+
+
 class ModelSpec(Spec, kw_only=True):
-    """Shape of a decoder-only transformer of the Llama family."""
+    """Shape of a decoder-only transformer: Llama and those that differ from it by biases or norms on queries and keys."""
 
     name: Annotated[str, Meta(max_length=500)]
-    architecture: Literal["llama"]
+    architecture: Architecture
     num_layers: Count
     num_heads: Count
     num_kv_heads: Count
@@ -61,17 +116,36 @@ class ModelSpec(Spec, kw_only=True):
     rope_theta: Annotated[float, Meta(gt=0)]
     rms_norm_eps: Annotated[float, Meta(gt=0)]
     tie_embeddings: bool
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        match self.rope_scaling:
+            case FactorsRope(factors=factors) if len(factors) != self.head_dim // 2:
+                raise ValueError(f"rope scaling must have head_dim / 2 ({self.head_dim // 2}) factors, got {len(factors)}")
+            case DynamicRope() if self.head_dim == 2:
+                raise ValueError("dynamic rope scaling needs a head_dim above 2, got 2")
+            case YarnRope() if self.rope_theta <= 1:
+                raise ValueError(f"yarn rope scaling needs a rope_theta above 1, got {self.rope_theta}")
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether a bias is added to queries, keys and values."""
+        return self.architecture == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head's query and key pass a norm before they are rotated."""
+        return self.architecture == "qwen3"
 
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model, tied embeddings counted once."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        attention += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + self.qk_norm * 2 * self.head_dim
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size

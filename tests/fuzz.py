@@ -36,9 +36,10 @@ from planner.errors import PlannerError
 from planner.measurements import load_profile, save_profile
 from planner.plans import load_plan, save_plan
 from planner.profiler.texts import draw_prompts, expand
+from planner.runtime.gguf_file import read_gguf
 from planner.runtime.model import build_model, prefill
 from planner.runtime.tokenizer import load_tokenizer
-from planner.runtime.weights import default_model_path, load_checkpoint, read_gguf, read_spec
+from planner.runtime.weights import default_model_path, load_checkpoint, read_spec
 
 SECONDS, MEMORY = 5.0, 2**30  # that one file may take
 CPU = torch.device("cpu")

@@ -151,7 +151,7 @@ class ForgetsTheDevice(NoDrafter):
 class ReadsTwice(NoDrafter):
     """Wrong: looks at a value on the device in every round."""
 
-    def commit(self, target_cache, counts):
+    def commit(self, target_cache, histories, counts):
         float(target_cache.keys[0, 0, 0, 0, 0])
 
 

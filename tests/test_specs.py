@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from planner.specs import (
     BYTES_PER_ELEMENT,
@@ -20,13 +21,18 @@ from planner.specs import (
     DeviceSpec,
     DraftConfig,
     DrafterSpec,
+    DynamicRope,
+    FactorsRope,
     FullKV,
     KVPolicy,
+    LinearRope,
+    Llama3Rope,
     ModelSpec,
     Sampler,
     Selection,
     SparseKV,
     Workload,
+    YarnRope,
     describe,
     describe_kv,
     describe_sampler,
@@ -113,6 +119,55 @@ def test_kv_bytes_grow_in_proportion_to_each_dimension(num_layers, num_kv_heads,
     assert kv_bytes(num_heads=2 * num_kv_heads, num_kv_heads=2 * num_kv_heads) == 2 * kv_bytes()
     assert kv_bytes(head_dim=4 * half_dim) == 2 * kv_bytes()
     assert kv_bytes(num_heads=5 * num_kv_heads) == kv_bytes()  # query heads keep nothing
+
+
+def test_biases_and_norms_of_heads_are_counted():
+    """Published: Qwen2-0.5B and Qwen3-0.6B; tests/runtime/test_weights.py counts real tensors."""
+    qwen2 = replace(
+        SMOLLM2, architecture="qwen2", num_layers=24, num_heads=14, num_kv_heads=2, hidden_size=896, intermediate_size=4864, vocab_size=151_936
+    )
+    qwen3 = replace(
+        SMOLLM2, architecture="qwen3", num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, hidden_size=1024, intermediate_size=3072,
+        vocab_size=151_936,
+    )  # fmt: skip
+    assert qwen2.num_parameters == 494_032_768
+    assert qwen3.num_parameters == 596_049_920
+
+
+ROPES = [
+    LinearRope(factor=2.0),
+    Llama3Rope(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192),
+    YarnRope(factor=4.0, original_max_position=32_768, attention_factor=1.1),
+    DynamicRope(factor=2.0, original_max_position=4096),
+    FactorsRope(factors=(1.0,) * 32),
+]
+
+
+@pytest.mark.parametrize("scaling", ROPES, ids=lambda scaling: type(scaling).__name__)
+def test_rope_scaling_comes_back_from_json_and_is_told_apart(scaling):
+    spec = replace(SMOLLM2, rope_scaling=scaling)
+    assert read(msgspec.to_builtins(spec), ModelSpec) == spec != SMOLLM2
+    assert hash(spec) != hash(SMOLLM2)
+
+
+def test_a_spec_written_before_there_was_scaling_has_none():
+    fields = msgspec.to_builtins(SMOLLM2)
+    del fields["rope_scaling"]
+    assert read(fields, ModelSpec) == SMOLLM2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": FactorsRope(factors=(1.0,) * 31)}, "head_dim / 2 .32. factors, got 31"),
+        ({"rope_scaling": DynamicRope(factor=2.0, original_max_position=4096), "head_dim": 2}, "head_dim above 2"),
+        ({"rope_scaling": YarnRope(factor=2.0, original_max_position=4096, attention_factor=1.0), "rope_theta": 1.0}, "rope_theta above 1"),
+    ],
+    ids=str,
+)
+def test_scaling_that_the_shape_cannot_have_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMOLLM2, **changes)
 
 
 def test_heads_that_do_not_divide_are_refused_with_both_numbers():

@@ -7,7 +7,7 @@ from planner.errors import BadInput
 from planner.runtime.kernels import Kernels
 from planner.runtime.model import Transformer, build_model, prefill
 from planner.runtime.native import NativeKernels
-from planner.runtime.weights import Checkpoint
+from planner.runtime.weights import Checkpoint, expected_shapes
 from planner.specs import ModelSpec
 
 
@@ -23,7 +23,7 @@ NATIVE = {"head_dim": 64, "hidden_size": 64, "intermediate_size": 96}  # a shape
 
 
 def tiny_model(seed: int = 0, device: str = "cpu", sharpness: float = 1.0, kernels: Kernels | None = None, **changes) -> Transformer:
-    """Random Llama; a larger `sharpness` makes its distributions more peaked."""
+    """Random Llama, or another architecture; a larger `sharpness` makes its distributions more peaked."""
     return build_model(tiny_checkpoint(seed, device, sharpness, **changes), kernels)
 
 
@@ -48,6 +48,9 @@ def tiny_checkpoint(seed: int = 0, device: str = "cpu", sharpness: float = 1.0, 
             "input_layernorm": torch.ones(spec.hidden_size, device=device), "post_attention_layernorm": torch.ones(spec.hidden_size, device=device),
         }  # fmt: skip
         tensors |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
+    for name, shape in expected_shapes(spec):  # drawn last, so that the rest is the same for all architectures
+        if name not in tensors:
+            tensors[name] = random(*shape) * 3 if name.endswith(".bias") else 1 + random(*shape) if "norm" in name else random(*shape)
     return Checkpoint(spec=spec, tensors=tensors, fingerprint="0" * 16)
 
 

@@ -18,8 +18,10 @@ from planner.cli.options import (
     DrafterWeights,
     Dtype,
     Execution,
+    MaxContext,
     Model,
     Quiet,
+    RopeTheta,
     Seed,
     Selection,
     TargetWeights,
@@ -49,6 +51,8 @@ def generate(
     device: Device = None,
     execution: Execution = None,
     weights: TargetWeights = "full",
+    rope_theta: RopeTheta = None,
+    max_context: MaxContext = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -68,7 +72,7 @@ def generate(
     sampler = checked(Sampler(temperature=temperature, top_p=top_p, top_k=top_k))
     pieces = planner.generate(
         model, prompt, config=config, sampler=sampler, max_new_tokens=max_new_tokens, chat=chat, dtype=dtype, device=device, execution=execution,
-        weights=weights, seed=seed,
+        weights=weights, rope_theta=rope_theta, max_context_len=max_context, seed=seed,
     )  # fmt: skip
     texts, tokens, accepted, times = [], [], [], []
     began = time.perf_counter()

@@ -19,6 +19,13 @@ Execution = Annotated[
     str | None, typer.Option(help="How passes run: eager, native (compiled, CPU) or cuda_graphs; default: native on a CPU, eager on a GPU.")
 ]
 TargetWeights = Annotated[str, typer.Option("--weights", help="Weights of the target: full (as --dtype says), int8 or int4; it is the truth then.")]
+RopeTheta = Annotated[
+    float | None, typer.Option("--rope-theta", help="Base of the rotary embedding, in place of the model's own: to go beyond its context.")
+]
+MaxContext = Annotated[
+    int | None,
+    typer.Option("--max-context", help="Longest context in tokens, in place of what the model declares; dynamic rope scaling is set by it."),
+]
 DrafterWeights = Annotated[str | None, typer.Option(help="Weights of self_sparse: full, int8 or int4.")]
 DrafterVocab = Annotated[int | None, typer.Option(help="Tokens that the head of self_sparse knows, the frequent and the special ones; default: all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]

@@ -7,7 +7,22 @@ import typer
 
 import planner
 from planner.cli.app import app
-from planner.cli.options import AsJson, Dataset, Device, Dtype, Execution, Model, Quiet, Seed, TargetWeights, drafter_specs, paths, policies
+from planner.cli.options import (
+    AsJson,
+    Dataset,
+    Device,
+    Dtype,
+    Execution,
+    MaxContext,
+    Model,
+    Quiet,
+    RopeTheta,
+    Seed,
+    TargetWeights,
+    drafter_specs,
+    paths,
+    policies,
+)
 from planner.units import parse_numbers
 
 
@@ -38,6 +53,8 @@ def profile(
     device: Device = None,
     execution: Execution = None,
     weights: TargetWeights = "full",
+    rope_theta: RopeTheta = None,
+    max_context: MaxContext = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -63,7 +80,8 @@ def profile(
     )  # fmt: skip
     with terminal.progress("profile", quiet=quiet) as progress:
         result = planner.profile(
-            model, paths(dataset), settings=settings, dtype=dtype, device=device, execution=execution, weights=weights, out=out, resume=resume,
+            model, paths(dataset), settings=settings, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta,
+            max_context_len=max_context, out=out, resume=resume,
             progress=progress,
         )  # fmt: skip
     save_profile(result, out)

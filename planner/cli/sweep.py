@@ -14,8 +14,10 @@ from planner.cli.options import (
     Device,
     Dtype,
     Execution,
+    MaxContext,
     Model,
     Quiet,
+    RopeTheta,
     Seed,
     TargetWeights,
     paths,
@@ -51,6 +53,8 @@ def sweep(
     device: Device = None,
     execution: Execution = None,
     weights: TargetWeights = "full",
+    rope_theta: RopeTheta = None,
+    max_context: MaxContext = None,
     seed: Seed = 1,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -75,7 +79,7 @@ def sweep(
     with terminal.progress("sweep", quiet=quiet) as progress:
         result = planner.sweep(
             model, paths(dataset), workload=workload, configs=configs, num_texts=texts, dtype=dtype, device=device, execution=execution,
-            weights=weights, seed=seed, out=out,
+            weights=weights, rope_theta=rope_theta, max_context_len=max_context, seed=seed, out=out,
             resume=resume, progress=progress,
         )  # fmt: skip
     save_sweep(result, out)

@@ -48,7 +48,10 @@ def check(
     A plan for a batch is run in groups of as many texts side by side; num_texts is rounded up to whole groups.
     """
     plan = load_plan(plan_path)
-    session = open_session(plan.model, dtype=plan.dtype, device=device, execution=plan.execution_mode, weights=plan.weights)
+    session = open_session(
+        plan.model, dtype=plan.dtype, device=device, execution=plan.execution_mode, weights=plan.weights, rope_theta=plan.rope_theta,
+        max_context_len=plan.max_context_len,
+    )  # fmt: skip
     return run_check(session, plan, fingerprint(plan_path), dataset, num_texts=num_texts, epsilon=epsilon, seed=seed, progress=progress)
 
 
@@ -126,6 +129,8 @@ def sweep(
     device: str | None = None,
     execution: Execution | None = None,
     weights: Weights = "full",
+    rope_theta: float | None = None,
+    max_context_len: int | None = None,
     seed: int = 1,
     out: str | Path,
     resume: bool = False,
@@ -141,10 +146,14 @@ def sweep(
 
     began = time.perf_counter()
     workload = checked(workload)
-    session = open_session(model, dtype=dtype, device=device, execution=execution, weights=weights)
+    session = open_session(
+        model, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta, max_context_len=max_context_len
+    )
     limit = session.model.spec.max_context_len
     if workload.context_len + workload.output_len > limit:
-        raise BadInput(f"context + output must fit the model's {limit} tokens, got {workload.context_len} + {workload.output_len}; shorten one")
+        raise BadInput(
+            f"context + output must fit the model's {limit} tokens, got {workload.context_len} + {workload.output_len}; shorten one, or give --max-context and --rope-theta"
+        )
     environment = read_environment(session.model.device)
     arms = list(dict.fromkeys([PLAIN, *configs]))
     count = _whole_groups(num_texts, workload.batch)

@@ -29,10 +29,14 @@ def generate(
     device: str | None = None,
     execution: Execution | None = None,
     weights: Weights = "full",
+    rope_theta: float | None = None,
+    max_context_len: int | None = None,
     seed: int = 0,
 ) -> Iterator[Piece]:
     """Stream a continuation of the prompt: first prefill's token, then a piece per round, then what a cut-off character left."""
-    session = open_session(model, dtype=dtype, device=device, execution=execution, weights=weights)
+    session = open_session(
+        model, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta, max_context_len=max_context_len
+    )
     import torch
 
     from planner.runtime.decode import cache_capacity, decode
@@ -47,7 +51,9 @@ def generate(
     if not tokens:
         raise BadInput("a prompt needs at least one token, got an empty one; give --prompt TEXT or --prompt-file FILE")
     if max_new_tokens < 1 or len(tokens) + max_new_tokens > limit:
-        raise BadInput(f"prompt + output must fit the model's {limit} tokens, got {len(tokens)} + {max_new_tokens}; shorten one")
+        raise BadInput(
+            f"prompt + output must fit the model's {limit} tokens, got {len(tokens)} + {max_new_tokens}; shorten one, or give --max-context and --rope-theta"
+        )
     cache = runner.new_cache(cache_capacity(len(tokens), max_new_tokens, config.draft_len))
     logits = prefill(runner, torch.tensor([tokens], device=runner.device), cache)
     rounds = decode(

@@ -55,6 +55,8 @@ def profile(
     device: str | None = None,
     execution: Execution | None = None,
     weights: Weights = "full",
+    rope_theta: float | None = None,
+    max_context_len: int | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Progress = Silent(),
@@ -66,7 +68,9 @@ def profile(
     the time is up, and the profile says so.
     """
     began = time.perf_counter()
-    session = open_session(model, dtype=dtype, device=device, execution=execution, weights=weights)
+    session = open_session(
+        model, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta, max_context_len=max_context_len
+    )
     return measure(model, session, dataset, settings=settings, progress=progress, began=began, out=out, resume=resume)
 
 
@@ -162,6 +166,8 @@ def _profile(
         execution_mode=session.model.kernels.execution,
         weights=session.weights,
         tensor_parallel=session.ranks.size,
+        rope_theta=session.rope_theta,
+        max_context_len=session.max_context_len,
         device=device,
         environment=environment,
         seed=settings.seed,
@@ -253,7 +259,7 @@ def _checked(settings: Settings, session: Session) -> Settings:
         if context_len < 1 or context_len + settings.output_len > spec.max_context_len:
             raise BadInput(
                 f"context + output must fit the model's {spec.max_context_len} tokens, got {context_len} + {settings.output_len}; "
-                f"the longest context is {spec.max_context_len - settings.output_len}"
+                f"the longest context is {spec.max_context_len - settings.output_len}; beyond it, give --max-context and --rope-theta"
             )
     if settings.num_texts < MIN_TEXTS:
         raise BadInput(f"an interval needs at least {MIN_TEXTS} texts, got {settings.num_texts}; raise --texts")

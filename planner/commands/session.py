@@ -20,18 +20,22 @@ class Session(NamedTuple):
     tokenizer: "Tokenizer"  # noqa: F821  planner.runtime.tokenizer
     base_bytes: int  # memory in use before the model was loaded
     weights: Weights  # of the target
+    rope_theta: float | None  # what was given in place of the checkpoint's
+    max_context_len: int | None
     warnings: list[str]  # what is slower than it might be, and why
 
 
 def open_session(
-    model: str, *, dtype: str = "bfloat16", device: str | None = None, execution: Execution | None = None, weights: Weights = "full"
-) -> Session:
+    model: str, *, dtype: str = "bfloat16", device: str | None = None, execution: Execution | None = None, weights: Weights = "full",
+    rope_theta: float | None = None, max_context_len: int | None = None,
+) -> Session:  # fmt: skip
     """Load a model (a folder, a GGUF file, or smollm2) onto a device. BadInput names what is wrong with it.
 
     execution  how its passes run: eager (PyTorch, op by op), native (compiled kernels, CPU) or cuda_graphs; without
                it, native on a CPU where it can be built and eager elsewhere: on CUDA too, until somebody has
                measured graphs there
     weights    full (in dtype), int8 or int4: a quantised target is then the target, and its output is the truth
+    rope_theta, max_context_len   replace the checkpoint's, as load_checkpoint says
 
     Under torchrun every process opens the same session, and holds its part of the model.
     """
@@ -58,18 +62,20 @@ def open_session(
     path = default_model_path() if model == DEFAULT_MODEL else Path(model)
     tokenizer = load_tokenizer(path)
     if ranks.size == 1:
-        checkpoint = load_checkpoint(path, dtypes[dtype], found)
+        checkpoint = load_checkpoint(path, dtypes[dtype], found, rope_theta=rope_theta, max_context_len=max_context_len)
         spec, target = checkpoint.spec, build_model(checkpoint, kernels, tokenizer.special_tokens)
     else:
         from planner.runtime.parallel import build_sharded, load_shard
 
         def load():
-            read_spec(path).shard(ranks.size)  # refuses what cannot be shared out, before anything large is read
-            return load_checkpoint(path, dtypes[dtype], torch.device("cpu"))
+            read_spec(path, rope_theta=rope_theta, max_context_len=max_context_len).shard(
+                ranks.size
+            )  # refuses what cannot be shared out, before anything large is read
+            return load_checkpoint(path, dtypes[dtype], torch.device("cpu"), rope_theta=rope_theta, max_context_len=max_context_len)
 
         part, spec = load_shard(load, ranks)
         target = build_sharded(part, kernels, ranks, found, tokenizer.special_tokens)
-    return Session(target.cheaper(weights), spec, ranks, tokenizer, base_bytes, weights, warnings)
+    return Session(target.cheaper(weights), spec, ranks, tokenizer, base_bytes, weights, rope_theta, max_context_len, warnings)
 
 
 def open_journal(session: Session, out: str | Path, header: msgspec.Struct, kind: type, *, resume: bool) -> tuple[Callable, list]:

@@ -12,8 +12,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from planner.runtime.kernels import Kernels, Rotation
+from planner.runtime.kernels import Kernels
 from planner.runtime.kv_cache import KVCache, additive_mask
+from planner.runtime.rope import Rotation
 
 MAX_ROWS = 64  # B * n: wider passes compute for longer than their launches take (a guess, as nothing was measured)
 BUCKET = 256  # keys: a graph reads up to so many in vain, and a text needs a new one as often

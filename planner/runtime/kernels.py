@@ -4,20 +4,13 @@ B  streams     n  new tokens of one pass     H  heads     G  KV heads     D  hea
 """
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from planner.runtime.kv_cache import KVCache
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines of the new tokens' positions, float32 whatever the weights are."""
-
-    cos: Tensor  # [B, n, D/2]
-    sin: Tensor
+from planner.runtime.rope import Rotation, rotate
 
 
 class Kernels:
@@ -60,7 +53,8 @@ class Kernels:
         delta, tapped = None, {}  # what is still to be added to x: adding and the norm that follows are one step
         for index, layer in enumerate(layers):
             x, normed = self.add_norm(x, delta, layer.attention_norm, eps)
-            delta = layer.attention_out(self.attend(layer.qkv(normed), rotation, cache, index, mask))
+            qkv = self.finish_heads(layer.qkv(normed), layer, eps)
+            delta = layer.attention_out(self.attend(qkv, rotation, cache, index, mask))
             x, normed = self.add_norm(x, delta, layer.mlp_norm, eps)
             delta = layer.mlp_out(self.silu_mul(layer.gate_up(normed)))
             if index in taps:
@@ -68,16 +62,39 @@ class Kernels:
         return self.add_norm(x, delta, norm, eps)[1], tapped
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x + delta [B, n, C], and its root mean square norm (arXiv:1910.07467), which is computed in float32."""
+        """x + delta [B, n, C], and its root mean square norm."""
         x = x if delta is None else x + delta
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # F.rms_norm takes five times as long on a CPU
-        scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
-        return x, (x * scale * weight).to(x.dtype)
+        return x, rms_norm(x, weight, eps)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[..., 2F] -> [..., F]: silu of the first half times the second."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def finish_heads(self, qkv: Tensor, layer: "Layer", eps: float) -> Tensor:  # noqa: F821  planner.runtime.model
+        """[B, n, (H + 2G) * D] with the layer's bias, and the norms of its query and key heads, where it has them."""
+        if layer.qkv_bias is not None:
+            qkv = qkv + layer.qkv_bias
+        if layer.q_norm is not None:
+            D = len(layer.q_norm)
+            H, rows = layer.attention_out.shape[1] // D, qkv.shape[-1] // D
+            q, k, v = qkv.unflatten(-1, (rows, D)).split([H, (rows - H) // 2, (rows - H) // 2], dim=-2)
+            qkv = torch.cat([rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps), v], dim=-2).flatten(-2)
+        return qkv
+
+    def split_heads(
+        self,
+        qkv: Tensor,  # [B, n, (H + 2G) * D], finished
+        rotation: Rotation,
+        cache: KVCache,  # whose keys have the shape of heads
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, H, n, D], [B, G, n, D], [B, G, n, D]
+        """Queries, keys and values by head, queries and keys rotated."""
+        B, n, width = qkv.shape
+        G, D = cache.keys.shape[2], cache.keys.shape[4]
+        H = width // D - 2 * G
+        cos, sin = (part[:, None].to(qkv.dtype) for part in rotation)
+        qk, v = qkv.view(B, n, H + 2 * G, D).transpose(1, 2).split([H + G, G], dim=1)
+        return *rotate(qk, cos, sin).split([H, G], dim=1), v
 
     def attend(
         self,
@@ -91,15 +108,6 @@ class Kernels:
         q, k, v = self.split_heads(qkv, rotation, cache)
         keys, values = cache.append(layer, k, v)
         return attention(q, keys, values, cache.causal_mask(q.shape[2]) if mask is None else mask)
-
-    def split_heads(self, qkv: Tensor, rotation: Rotation, cache: KVCache) -> list[Tensor]:  # [B, H or G or G, n, D] each
-        """Queries and keys, rotated, and values."""
-        B, n, width = qkv.shape
-        G, D = cache.keys.shape[2], cache.keys.shape[4]
-        H = width // D - 2 * G
-        cos, sin = (part[:, None].to(qkv.dtype) for part in rotation)
-        qk, v = qkv.view(B, n, H + 2 * G, D).transpose(1, 2).split([H + G, G], dim=1)
-        return [*rotate(qk, cos, sin).split([H, G], dim=1), v]
 
 
 class QueryKernels(Kernels):
@@ -128,10 +136,8 @@ def attention(
     return attended.reshape(B, H, n, D).transpose(1, 2).reshape(B, n, H * D)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves not interleaved (arXiv:2104.09864 as Hugging Face lays it out).
-
-    x  [B, heads, n, D]     cos, sin  [B, 1, n, D/2]
-    """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last dimension (arXiv:1910.07467), computed in float32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # F.rms_norm takes five times as long on a CPU
+    scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+    return (x * scale * weight).to(x.dtype)

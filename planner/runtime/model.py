@@ -1,4 +1,4 @@
-"""A decoder-only transformer of the Llama family. Cache, mask and hidden-state taps are arguments.
+"""A decoder-only transformer: Llama, Mistral, Qwen2, Qwen3. Cache, mask and hidden-state taps are arguments.
 
 B  streams     n  new tokens of one pass     H  heads     G  KV heads     D  head_dim     S  keys in sight
 """
@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from planner.runtime.kernels import Kernels, QueryKernels, Rotation
+from planner.runtime.kernels import Kernels, QueryKernels
 from planner.runtime.kv_cache import KVCache, additive_mask
 from planner.runtime.linear import Linear, Matrix, ReducedHead, frozen, quantized
+from planner.runtime.rope import inverse_frequency, rotation
 from planner.runtime.weights import Checkpoint
-from planner.specs import ModelSpec, Weights
+from planner.specs import ModelSpec, Weights, YarnRope
 
 PREFILL_CHUNK = 512  # tokens of one prefill pass: long enough to keep the matrix units busy, short enough for its mask
 
@@ -34,9 +35,8 @@ class Transformer(nn.Module):
         self.spec, self.fingerprint, self.kernels, self.special_tokens = spec, fingerprint, kernels, special_tokens
         self.embedding, self.norm, self.head = frozen(embedding), frozen(norm), head
         self.layers = nn.ModuleList(layers)
-        # Inverse frequencies in float32 whatever the weights are: bfloat16 angles are useless beyond 256 tokens.
-        exponent = torch.arange(0, spec.head_dim, 2, device=norm.device, dtype=torch.float32) / spec.head_dim
-        self.inverse_frequency = 1.0 / spec.rope_theta**exponent  # [D/2]
+        self.inverse_frequency = inverse_frequency(spec, norm.device)  # [D/2]
+        self.attention_factor = spec.rope_scaling.attention_factor if isinstance(spec.rope_scaling, YarnRope) else 1.0
         self._cheaper: dict[tuple, Transformer] = {}
         self.beside: dict[tuple, nn.Module] = {}  # drafters with a checkpoint of their own, loaded for this target: (path, dtype) -> model
 
@@ -92,9 +92,8 @@ class Transformer(nn.Module):
         self, kernels: Kernels, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None, taps: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         x = self.kernels.embed(tokens, self.embedding)
-        angles = positions[..., None].float() * self.inverse_frequency  # [B, n, D/2]
-        rotation = Rotation(angles.cos(), angles.sin())
-        return kernels.run(self.layers, self.norm, self.spec.rms_norm_eps, x, rotation, cache, mask, taps)
+        turned = rotation(positions, self.inverse_frequency, self.attention_factor)
+        return kernels.run(self.layers, self.norm, self.spec.rms_norm_eps, x, turned, cache, mask, taps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> [..., vocab_size], in the model's dtype."""
@@ -130,14 +129,25 @@ class Transformer(nn.Module):
 class Layer(nn.Module):
     """The weights of one layer; Kernels.run says what is done with them."""
 
-    def __init__(self, attention_norm: Tensor, mlp_norm: Tensor, qkv: Matrix, attention_out: Matrix, gate_up: Matrix, mlp_out: Matrix):
+    def __init__(
+        self, attention_norm: Tensor, mlp_norm: Tensor, qkv: Matrix, attention_out: Matrix, gate_up: Matrix, mlp_out: Matrix,
+        qkv_bias: Tensor | None = None,  # [(H + 2G) * D]
+        q_norm: Tensor | None = None,  # [D], the same for every head
+        k_norm: Tensor | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.attention_norm, self.mlp_norm = frozen(attention_norm), frozen(mlp_norm)
         self.qkv, self.attention_out, self.gate_up, self.mlp_out = qkv, attention_out, gate_up, mlp_out
+        self.qkv_bias, self.q_norm, self.k_norm = (None if part is None else frozen(part) for part in (qkv_bias, q_norm, k_norm))
+
+    @property
+    def finishes_heads(self) -> bool:
+        """Whether anything happens to queries, keys and values before they are rotated."""
+        return self.qkv_bias is not None or self.q_norm is not None
 
     def quantized(self, weights: Weights) -> "Layer":
         matrices = (quantized(matrix, weights) for matrix in (self.qkv, self.attention_out, self.gate_up, self.mlp_out))
-        return Layer(self.attention_norm, self.mlp_norm, *matrices)
+        return Layer(self.attention_norm, self.mlp_norm, *matrices, self.qkv_bias, self.q_norm, self.k_norm)
 
 
 def build_model(checkpoint: Checkpoint, kernels: Kernels | None = None, special_tokens: tuple[int, ...] = ()) -> Transformer:
@@ -156,7 +166,9 @@ def build_model(checkpoint: Checkpoint, kernels: Kernels | None = None, special_
             part["mlp.down_proj.weight"],
         ]
         norms = part["input_layernorm.weight"], part["post_attention_layernorm.weight"]
-        layers.append(Layer(*norms, *(Linear(matrix, kernels) for matrix in matrices)))
+        bias = torch.cat([part[f"self_attn.{name}_proj.bias"] for name in "qkv"]) if spec.qkv_bias else None
+        head_norms = (part["self_attn.q_norm.weight"], part["self_attn.k_norm.weight"]) if spec.qk_norm else (None, None)
+        layers.append(Layer(*norms, *(Linear(matrix, kernels) for matrix in matrices), bias, *head_norms))
     embedding = frozen(weights["model.embed_tokens.weight"])
     head = Linear(embedding if spec.tie_embeddings else weights["lm_head.weight"], kernels)
     return Transformer(spec, checkpoint.fingerprint, embedding, weights["model.norm.weight"], head, layers, kernels, special_tokens)

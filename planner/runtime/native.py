@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from planner.errors import BadInput
-from planner.runtime.kernels import Kernels, Rotation
+from planner.runtime.kernels import Kernels
 from planner.runtime.kv_cache import KVCache
 from planner.runtime.linear import Matrix
+from planner.runtime.rope import Rotation
 
 if TYPE_CHECKING:
     from planner.runtime.model import Layer
@@ -124,7 +125,8 @@ class NativeKernels(Kernels):
         B, n, _ = x.shape
         narrow = B * n <= _most_rows(layers[0].qkv)
         if layers not in self._tables:
-            fits = all(self._fits(matrix) and matrix.shape[0] % 32 == 0 for layer in layers for matrix in _matrices(layer))
+            plain = not any(layer.finishes_heads for layer in layers)  # the library knows neither biases nor norms of heads
+            fits = plain and all(self._fits(matrix) and matrix.shape[0] % 32 == 0 for layer in layers for matrix in _matrices(layer))
             self._tables[layers] = (_Layer * len(layers))(*(_layer(layer) for layer in layers)) if fits else None
         takes = self._tables[layers] is not None and self._takes(x, rotation) and self._takes_cache(cache, B)
         if mask is not None or taps or not narrow or not takes:

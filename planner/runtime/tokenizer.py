@@ -3,22 +3,24 @@
 Both are untrusted. Chat templates run in jinja2's immutable sandbox: no attribute leads to Python, but a template can still
 waste time, as in any chat server that renders it.
 
-Sources: transformers utils/chat_template_utils.py (how a template is rendered); llama.cpp src/llama-vocab.cpp (pre-tokenizers, token types).
+Sources: transformers utils/chat_template_utils.py (how a template is rendered); llama.cpp src/llama-vocab.cpp (pre-tokenizers, token types,
+who begins with which token); transformers convert_slow_tokenizer.py and models/qwen2/tokenization_qwen2.py (their regular expressions).
 """
 
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.sandbox
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from planner.errors import BadInput
-from planner.runtime.weights import MAX_JSON_BYTES, MAX_VOCAB, MIB, Fields, one_line, read_gguf, read_json
+from planner.runtime.fields import MAX_JSON_BYTES, MAX_VOCAB, MIB, Fields, one_line, read_json
+from planner.runtime.gguf_file import read_gguf
 
 MAX_TEMPLATE_CHARS = 2**20  # published templates are under 20K
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of GGUF
@@ -249,13 +251,65 @@ def _folder_template(folder: Path, config: Fields) -> str | None:
 # ---- GGUF
 
 
+class _PreTokenizer(NamedTuple):
+    """How byte-level BPE splits a text into words before it merges."""
+
+    regex: str | None = None  # None: GPT-2's
+    single_digits: bool = False
+    nfc: bool = False  # Unicode composed first
+    ignore_merges: bool = False  # a word that is a token is that token, however its merges would end
+    adds_bos: bool = False  # where the file does not say
+
+
+_AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_LLAMA_3 = _PreTokenizer(regex=_LETTERS + r"\p{N}{1,3}" + _AFTER_DIGITS, ignore_merges=True, adds_bos=True)
+PRE_TOKENIZERS = {  # as the models' own tokenizer.json have them, by tokenizer.ggml.pre
+    "gpt-2": _PreTokenizer(),
+    "smollm": _PreTokenizer(single_digits=True),
+    "qwen2": _PreTokenizer(regex=_LETTERS + r"\p{N}" + _AFTER_DIGITS, nfc=True),  # Qwen3 too
+    "llama-bpe": _LLAMA_3,
+    "llama3": _LLAMA_3,
+    "llama-v3": _LLAMA_3,
+}
+
+
 def _from_gguf(path: Path) -> Tokenizer:
-    """Byte-level BPE as SmolLM has it: every digit is a token of its own."""
+    """Rebuilt from the metadata; where these do not say enough, from a tokenizer.json that lies beside the file."""
     metadata = Fields(path, read_gguf(path).metadata)
-    for name, supported in (("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm")):
-        if metadata.text(name) != supported:
-            raise metadata.refusal(name, f"must be '{supported}', the only supported one in GGUF ({FOLDER_REMEDY})")
     texts = _list_of(metadata, "tokenizer.ggml.tokens", str)
+    model, pre = metadata.text("tokenizer.ggml.model"), PRE_TOKENIZERS.get(metadata.text("tokenizer.ggml.pre", "default"))
+    beside = path.parent / "tokenizer.json"
+    if model == "gpt2" and pre is not None:
+        backend = _rebuilt(path, metadata, texts, pre)
+    elif os.path.isfile(beside):
+        backend = _checked_backend(beside, path, texts)
+    elif model != "gpt2":
+        raise metadata.refusal(
+            "tokenizer.ggml.model", "must be 'gpt2', the only one that can be rebuilt (put the model's tokenizer.json beside the file)"
+        )
+    else:
+        raise metadata.refusal(
+            "tokenizer.ggml.pre", f"must be one of {', '.join(PRE_TOKENIZERS)} (or put the model's tokenizer.json beside the file)"
+        )
+
+    ids = {name: _gguf_id(metadata, f"tokenizer.ggml.{name}_token_id", len(texts)) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
+    adds_bos = metadata.flag("tokenizer.ggml.add_bos_token", model == "llama" or (pre is not None and pre.adds_bos))  # as llama.cpp
+    if adds_bos and ids["bos"] is None:
+        raise metadata.refusal("tokenizer.ggml.bos_token_id", "must be given where a text begins with it (add_bos_token)")
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    return Tokenizer(
+        backend,
+        source=path,
+        stop_tokens=[ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None],
+        bos_token=ids["bos"] if adds_bos else None,
+        chat_template=_checked_template(path, metadata.get("tokenizer.chat_template")),
+        special_tokens={names[name]: texts[token] for name, token in ids.items() if name in names and token is not None},
+    )
+
+
+def _rebuilt(path: Path, metadata: Fields, texts: list[str], pre: _PreTokenizer) -> tokenizers.Tokenizer:
+    """Byte-level BPE."""
     kinds = _list_of(metadata, "tokenizer.ggml.token_type", int)
     merges = [tuple(merge.split(" ")) for merge in _list_of(metadata, "tokenizer.ggml.merges", str)]
     vocab = {text: token for token, text in enumerate(texts)}
@@ -267,25 +321,28 @@ def _from_gguf(path: Path) -> Tokenizer:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
             raise BadInput(f"{path}: tokenizer.ggml.merges must join two tokens into a third, got {one_line(' '.join(merge))}; {FOLDER_REMEDY}")
 
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
+    words = [pre_tokenizers.Digits(individual_digits=True)] if pre.single_digits else []
+    words += [] if pre.regex is None else [pre_tokenizers.Split(Regex(pre.regex), "isolated")]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.regex is None)])
+    if pre.nfc:
+        backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     special = [text for text, kind in zip(texts, kinds) if kind in (CONTROL, USER_DEFINED)]
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return backend
 
-    ids = {name: _gguf_id(metadata, f"tokenizer.ggml.{name}_token_id", len(texts)) for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
-    adds_bos = metadata.flag("tokenizer.ggml.add_bos_token", False)
-    if adds_bos and ids["bos"] is None:
-        raise metadata.refusal("tokenizer.ggml.bos_token_id", "must be given where add_bos_token is true")
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    return Tokenizer(
-        backend,
-        source=path,
-        stop_tokens=[ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None],
-        bos_token=ids["bos"] if adds_bos else None,
-        chat_template=_checked_template(path, metadata.get("tokenizer.chat_template")),
-        special_tokens={names[name]: texts[token] for name, token in ids.items() if name in names and token is not None},
-    )
+
+def _checked_backend(file: Path, path: Path, texts: list[str]) -> tokenizers.Tokenizer:
+    """The tokenizer.json beside a GGUF file, which must have the same tokens."""
+    backend = _read_backend(file)
+    for text, token in backend.get_vocab(with_added_tokens=True).items():
+        if token >= len(texts) or texts[token] != text:
+            there = one_line(texts[token]) if token < len(texts) else "nothing"
+            raise BadInput(
+                f"{file} must have the tokens of {path.name}, but token {token} is {one_line(text)} here and {there} there; take the model's own"
+            )
+    return backend
 
 
 def _list_of(metadata: Fields, name: str, kind: type) -> list:

@@ -64,6 +64,8 @@ def make_plan(
         execution_mode=profile.execution_mode,
         weights=profile.weights,
         tensor_parallel=profile.tensor_parallel,
+        rope_theta=profile.rope_theta,
+        max_context_len=profile.max_context_len,
         source=profile.source,
         workload=workload,
         objective=objective,
@@ -135,6 +137,8 @@ def command(profile: Profile, config: DraftConfig, workload: Workload) -> str:
     launcher = "planner" if profile.tensor_parallel == 1 else f"torchrun --nproc-per-node {profile.tensor_parallel} -m planner.cli"
     words = [f"{launcher} generate", f"--model {shlex.quote(profile.model)}"]
     words += [f"--dtype {profile.dtype}"] * (profile.dtype != "bfloat16") + [f"--weights {profile.weights}"] * (profile.weights != "full")
+    words += [f"--rope-theta {profile.rope_theta}"] * (profile.rope_theta is not None)
+    words += [f"--max-context {profile.max_context_len}"] * (profile.max_context_len is not None)
     words += [f"--execution {profile.execution_mode}"] * (profile.execution_mode != usual_execution) + [f"--drafter {config.drafter.kind}"]
     words += [f"--drafter-weights {config.drafter.weights}"] * (config.drafter.weights != "full")
     words += [f"--drafter-vocab {config.drafter.vocab}"] * (config.drafter.vocab is not None)

@@ -1,15 +1,21 @@
 """open_session: which kernels run a model and in which bits its weights are, or why not."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from made import made_profile
 from tiny import NATIVE, native_kernels, tiny_checkpoint
 
+import planner
+from planner.cli import main
 from planner.commands.session import open_session
 from planner.errors import BadInput
+from planner.measurements import save_profile
+from planner.plans import save_plan
 from planner.runtime import native
 from planner.runtime.linear import Int4Linear, Int8Linear, Linear
 
@@ -18,8 +24,9 @@ from planner.runtime.linear import Int4Linear, Int8Linear, Linear
 def tiny_files(monkeypatch):
     """A made-up model in place of the files of a real one."""
 
-    def load(path, dtype, device):
-        checkpoint = tiny_checkpoint(**NATIVE)
+    def load(path, dtype, device, rope_theta, max_context_len):
+        given = {"rope_theta": rope_theta, "max_context_len": max_context_len}
+        checkpoint = tiny_checkpoint(**NATIVE | {name: value for name, value in given.items() if value is not None})
         return checkpoint._replace(tensors={name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()})
 
     monkeypatch.setattr("planner.runtime.weights.load_checkpoint", load)
@@ -99,3 +106,43 @@ def test_other_words_are_refused_with_those_there_are(options, words):
 def test_cuda_graphs_on_a_cpu_are_refused():
     with pytest.raises(BadInput, match="cuda_graphs"):
         opened(execution="cuda_graphs")
+
+
+def test_rope_theta_and_the_longest_context_reach_the_model_and_are_remembered():
+    session = opened(rope_theta=2e5, max_context_len=9000)
+    assert (session.model.spec.rope_theta, session.model.spec.max_context_len) == (2e5, 9000)
+    assert (session.rope_theta, session.max_context_len) == (2e5, 9000)
+    assert (opened().rope_theta, opened().max_context_len) == (None, None)
+
+
+@pytest.mark.parametrize("verb", ["profile", "sweep", "generate"])
+def test_the_flags_of_every_command_that_runs_a_model_reach_it(verb, monkeypatch, tmp_path):
+    seen = []
+
+    def called(*values, **options):
+        seen.append((options["rope_theta"], options["max_context_len"]))
+        raise BadInput("far enough")
+
+    monkeypatch.setattr(planner, verb, called, raising=False)
+    words = ["--prompt", "x"] if verb == "generate" else ["--dataset", "x.txt", "-o", str(tmp_path / "out.json")]
+    for flags in ([], ["--rope-theta", "2.05e5", "--max-context", "16384"]):
+        monkeypatch.setattr(sys, "argv", ["planner", verb, *words, "--quiet", *flags])
+        with pytest.raises(SystemExit):
+            main()
+    assert seen == [(None, None), (2.05e5, 16384)]
+
+
+@pytest.mark.parametrize("given", [{}, {"rope_theta": 2.05e5, "max_context_len": 16384}], ids=str)
+def test_a_plan_is_checked_on_the_model_that_was_profiled(given, monkeypatch, tmp_path):
+    save_profile(made_profile(**given), tmp_path / "profile.json")
+    save_plan(planner.plan(tmp_path / "profile.json", context_len=1024), tmp_path / "plan.json")
+    seen = []
+
+    def opening(model, **options):
+        seen.append({name: options[name] for name in ("rope_theta", "max_context_len") if options[name] is not None})
+        raise BadInput("far enough")
+
+    monkeypatch.setattr("planner.commands.check.open_session", opening)
+    with pytest.raises(BadInput, match="far enough"):
+        planner.check(tmp_path / "plan.json", ["x.txt"])
+    assert seen == [given]

@@ -4,15 +4,23 @@ import msgspec
 import pytest
 import torch
 from made import NGRAM, SELF_SPARSE, made_profile
-from tiny import tiny_model, tiny_spec
+from tiny import NATIVE, tiny_model, tiny_spec
 
-from planner.cost.memory import counted_bytes, full_cache_bytes, largest_budget, logits_bytes, resident_bytes, sparse_cache_bytes
+from planner.cost.memory import (
+    counted_bytes,
+    drafter_weights_bytes,
+    full_cache_bytes,
+    largest_budget,
+    logits_bytes,
+    resident_bytes,
+    sparse_cache_bytes,
+)
 from planner.measurements import MemorySample
 from planner.runtime.decode import cache_capacity
 from planner.runtime.drafters import make_drafter
 from planner.runtime.kv_cache import KVCache
 from planner.runtime.sampling import probabilities
-from planner.specs import PLAIN, DraftConfig, FullKV, Sampler, SparseKV, Workload
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, Workload
 
 WORKLOAD = Workload(context_len=2000, output_len=100, sampler=Sampler())
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,6 +72,16 @@ def test_weights_are_the_number_of_parameters():
     model = tiny_model()
     assert model.nbytes == 4 * model.spec.num_parameters
     assert tiny_spec(tie_embeddings=False).num_parameters - tiny_spec().num_parameters == 61 * 32  # a head of its own
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("weights", ["full", "int8", "int4"])
+def test_weights_of_every_architecture_are_counted_tensor_by_tensor(architecture, weights):
+    """Biases and norms of heads belong to the target, and its cheaper copies share them."""
+    model = tiny_model(**NATIVE, architecture=architecture)
+    assert model.nbytes == 4 * model.spec.num_parameters
+    drafter = DrafterSpec(kind="self_sparse", weights=weights)
+    assert drafter_weights_bytes(model.spec, "float32", drafter, "full") == model.extra_nbytes(model.cheaper(weights))
 
 
 def test_bytes_grow_with_each_knob():

@@ -14,7 +14,7 @@ from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.protocol import Draft
 from planner.runtime.sampling import probabilities, sample
 from planner.runtime.verify import Verdict, verify_chain
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, YarnRope
 
 NGRAM, SELF_SPARSE = DrafterSpec(kind="ngram"), DrafterSpec(kind="self_sparse")
 CONFIGS = [
@@ -23,6 +23,7 @@ CONFIGS = [
     *(DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=b, sink=s, recent=r), draft_len=k) for b, s, r, k in ((4, 1, 2, 3), (20, 4, 8, 1), (500, 4, 32, 7))),
     *(DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=b, recent=r, selection="chunk"), draft_len=k) for b, r, k in ((21, 9, 4), (48, 16, 2), (500, 32, 3))),
 ]  # fmt: skip
+YARN = YarnRope(factor=4.0, original_max_position=32, attention_factor=1.14)
 GREEDY, WARM = Sampler(temperature=0), Sampler(temperature=0.8, top_p=0.9, top_k=20)
 
 
@@ -38,7 +39,7 @@ class AdversarialDrafter:
         tokens = torch.full((len(histories), max(draft_lens)), 7)
         return Draft(tokens, torch.zeros(*tokens.shape, 61).scatter_(-1, tokens[..., None], 1.0), draft_lens)
 
-    def commit(self, target_cache, counts):
+    def commit(self, target_cache, histories, counts):
         pass
 
 
@@ -67,6 +68,16 @@ def test_greedy_output_is_plain_greedy_output(model, config, length):
     assert ours == plain
     assert all(a <= d <= config.draft_len for r in rounds for a, d in zip(r.accepted, r.drafted))
     assert sum(len(r.tokens[0]) for r in rounds) == 40
+
+
+@pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[3], CONFIGS[-1]], ids=str)
+@pytest.mark.parametrize("changes", [{"architecture": "qwen2"}, {"architecture": "qwen3"}, {"rope_scaling": YARN}], ids=["qwen2", "qwen3", "yarn"])
+@pytest.mark.parametrize("execution", ["eager", "native"])
+def test_greedy_output_of_other_architectures_is_plain_greedy_output(changes, config, execution):
+    kernels = None if execution == "eager" else native_kernels(torch.float32)
+    model = tiny_model(sharpness=1.5, kernels=kernels, **NATIVE, **changes)
+    prompts = [random_prompt(length, seed=length) for length in (90, 33)]
+    assert run(model, prompts, config)[0] == run(model, prompts)[0]
 
 
 def test_greedy_output_survives_an_adversarial_drafter(model):

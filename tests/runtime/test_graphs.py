@@ -105,6 +105,20 @@ def run(model, prompts, config):
 
 
 @KERNELS
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@torch.inference_mode()
+def test_biases_and_norms_of_heads_are_recorded_too(kernels, architecture):
+    found = []
+    for model in models(kernels(), architecture=architecture):
+        cache, hidden = prefilled(model, [random_prompt(length, seed=length) for length in (30, 7)], 50)[0], []
+        for step, n in enumerate([1, 1, 1, 4, 4, 4]):  # warm-up, capture, replay of each
+            hidden.append(one_pass(model, cache, n, step).hidden)
+            cache.commit([1, n])
+        found.append(torch.cat(hidden, 1))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@KERNELS
 @pytest.mark.parametrize("lengths", [[5], [12, 12], [30, 7, 19]], ids=str)
 @torch.inference_mode()
 def test_passes_equal_eager_ones_and_write_the_same_keys(kernels, lengths):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from tiny import prefilled, random_prompt, tiny_model
+from agreement import CASES, compare
+from msgspec.structs import replace
+from tiny import NATIVE, native_kernels, prefilled, random_prompt, tiny_checkpoint, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from planner.runtime import kernels
 from planner.runtime.model import Transformer, build_model, prefill
+from planner.runtime.rope import inverse_frequency
 from planner.runtime.weights import default_model_path, load_checkpoint
 from planner.specs import ModelSpec
 
@@ -69,6 +72,54 @@ def test_logits_and_residual_stream_are_those_of_transformers(shape, tmp_path):
     last = torch.nn.functional.rms_norm(taps[model.spec.num_layers - 1], model.norm.shape, model.norm, model.spec.rms_norm_eps)
     torch.testing.assert_close(last, expected.hidden_states[-1], atol=1e-4, rtol=1e-5)
     assert model.nbytes == 4 * model.spec.num_parameters == sum(p.nbytes for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_family_and_rope_scaling_agrees_with_transformers(case, tmp_path):
+    found = compare(case, tmp_path)
+    assert found.largest_logit > 1
+    assert max(found.one_pass, found.chunks, found.single_tokens) < 1e-4
+    assert found.same_greedy_tokens
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.variant in ("linear", "llama3", "yarn", "dynamic, beyond it")], ids=lambda case: case.name
+)
+def test_leaving_the_scaling_out_would_be_noticed(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("planner.runtime.model.inverse_frequency", lambda spec, device: inverse_frequency(replace(spec, rope_scaling=None), device))
+    assert compare(case, tmp_path).one_pass > 0.01
+
+
+@pytest.mark.parametrize("part", ["bias", "q_norm.weight", "k_norm.weight"])
+def test_biases_and_norms_of_heads_matter(part, tmp_path):
+    """Each is in the comparison with transformers: without it the logits are others."""
+    checkpoint = tiny_checkpoint(architecture="qwen2" if part == "bias" else "qwen3")
+    tokens = torch.tensor([random_prompt(30)])
+    neutral = {name: torch.full_like(tensor, "norm" in part) for name, tensor in checkpoint.tensors.items() if name.endswith(part)}
+    assert neutral
+    expected, _ = one_pass(build_model(checkpoint), tokens)
+    without, _ = one_pass(build_model(checkpoint._replace(tensors=checkpoint.tensors | neutral)), tokens)
+    assert (without - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("weights", ["full", "int8", "int4"])
+@torch.inference_mode()
+def test_cheaper_copies_and_compiled_kernels_keep_biases_and_norms(architecture, weights):
+    shape = NATIVE | {"architecture": architecture}
+    original, compiled = tiny_model(**shape), tiny_model(kernels=native_kernels(torch.float32), **shape)
+    copies = [model.cheaper(weights) for model in (original, compiled)]
+    for ours, theirs in zip(copies[0].layers, original.layers):
+        for part in ("qkv_bias", "q_norm", "k_norm"):
+            assert getattr(ours, part) is getattr(theirs, part)
+    tokens = torch.tensor([random_prompt(70, seed=s) for s in range(2)])
+    for n in (1, 8, 40):  # of which others than these models would run the first two in a single call
+        behind = []
+        for model in copies:
+            cache = model.new_cache(70, batch=2)
+            prefill(model, tokens[:, :-n], cache)
+            behind.append(model(tokens[:, -n:], torch.arange(70 - n, 70).expand(2, -1), cache).hidden)
+        torch.testing.assert_close(behind[1], behind[0], atol=2e-3, rtol=1e-3)
 
 
 def test_a_wrong_rope_theta_is_caught(tmp_path):

@@ -18,11 +18,12 @@ from tiny import NATIVE, native_kernels, prefilled, random_prompt, tiny_model, t
 
 from planner.errors import BadInput
 from planner.runtime import native
-from planner.runtime.kernels import Kernels, Rotation
+from planner.runtime.kernels import Kernels
 from planner.runtime.kv_cache import KVCache, SparseKVCache
 from planner.runtime.linear import Linear, quantized
 from planner.runtime.model import prefill
 from planner.runtime.native import MAX_QUANTIZED_ROWS, MAX_ROWS
+from planner.runtime.rope import Rotation
 from planner.specs import SparseKV
 
 CPU = torch.device("cpu")

@@ -1,15 +1,19 @@
 """Tokenizers give back the text they were given, agree with transformers, and refuse files and templates that misbehave."""
 
 import functools
+import inspect
 import json
 import time
+import unicodedata
 from pathlib import Path
 
 import gguf
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from planner.errors import BadInput, MissingExtra
 from planner.runtime.tokenizer import load_tokenizer
@@ -58,9 +62,9 @@ def write_folder(folder: Path, **config) -> Path:
     return folder
 
 
-def write_gguf(path: Path, **changes) -> Path:
+def write_gguf(path: Path, backend: tokenizers.Tokenizer | None = None, **changes) -> Path:
     """The metadata of a GGUF file alone: the tokenizer needs no tensors."""
-    stored = json.loads(make_backend().to_str())["model"]
+    stored = json.loads((backend or make_backend()).to_str())["model"]
     tokens = sorted(stored["vocab"], key=stored["vocab"].get)
     values = {
         "model": "gpt2",
@@ -81,7 +85,8 @@ def write_gguf(path: Path, **changes) -> Path:
     writer.add_token_merges(values["merges"])
     writer.add_bos_token_id(values["bos"])
     writer.add_eos_token_id(values["eos"])
-    writer.add_add_bos_token(values["add_bos"])
+    if values["add_bos"] is not None:
+        writer.add_add_bos_token(values["add_bos"])
     if values["template"] is not None:
         writer.add_chat_template(values["template"])
     writer.write_header_to_file()
@@ -107,6 +112,72 @@ def from_default_model(tmp_path):
         return _load_default()
     except MissingExtra as error:
         pytest.skip(str(error))
+
+
+PROSE = ["don't I'LL we've HELLO naïve café, 1 12 123 1234 12345, x_1+=2;  //\n\n  #!\t(ok)\r\n" * 3, "日本語 العربية ½ ٣ 3.14 e\u0301"]
+
+
+def trained(*words, nfc: bool = False, ignore_merges: bool = False) -> tokenizers.Tokenizer:
+    """Byte-level BPE on PROSE, whose words are split as told."""
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(words))
+    backend.decoder = decoders.ByteLevel()
+    if nfc:
+        backend.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.train_from_iterator(PROSE, trainer)
+    return backend
+
+
+def split_by(regex: str) -> tuple:
+    return pre_tokenizers.Split(tokenizers.Regex(regex), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def qwen_backend() -> tokenizers.Tokenizer:
+    return trained(*split_by(PRETOKENIZE_REGEX), nfc=True)
+
+
+def llama3_backend() -> tokenizers.Tokenizer:
+    """Its published regular expression is the default of transformers' converter of tiktoken files."""
+    pattern = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
+    backend = trained(*split_by(pattern), ignore_merges=True)
+    template = tokenizers.processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    backend.post_processor = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(trim_offsets=False), template])
+    return backend
+
+
+def gpt2_backend() -> tokenizers.Tokenizer:
+    return trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
+
+
+def llama2_backend(legacy: bool = True) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE as tokenizer.json has it: spaces are ▁, unknown characters become bytes."""
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghilnortuwxHW,.0123456789", "▁w", "▁h", "lo", "▁he"]
+    vocab = {text: token for token, text in enumerate(texts)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, [("▁", "w"), ("▁", "h"), ("l", "o"), ("▁h", "e")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
+
+
+BACKENDS = {
+    "qwen": qwen_backend, "llama 3": llama3_backend, "gpt-2": gpt2_backend, "llama 2": llama2_backend,
+    "llama 2, metaspace": lambda: llama2_backend(legacy=False),
+}  # fmt: skip
+
+
+@pytest.fixture(params=BACKENDS)
+def styled(request, tmp_path):
+    """A folder with nothing but a tokenizer.json of a style."""
+    BACKENDS[request.param]().save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
 
 
 FAMILY = [from_folder, from_gguf, pytest.param(from_default_model, marks=pytest.mark.model)]
@@ -173,6 +244,39 @@ def test_text_that_is_not_unicode_is_refused(tokenizer):
 
 
 # ---- folders
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_every_style_of_tokenizer_json_gives_text_back_whole_and_in_pieces(styled, text):
+    tokenizer = load_tokenizer(styled)
+    tokens = tokenizer.encode(text)
+    stored = json.loads((styled / "tokenizer.json").read_text())
+    expected = unicodedata.normalize("NFC", text) if stored["normalizer"] == {"type": "NFC"} else text
+    if (stored["pre_tokenizer"] or {}).get("type") == "Metaspace":
+        expected = expected.removeprefix(" ")  # which it takes for the one that it would put there itself
+    assert tokenizer.decode(tokens) == expected
+    decoder = tokenizer.stream_decoder()
+    pieces = [decoder.push(token) for token in tokens]
+    assert "".join(pieces) + decoder.finish() == expected
+    assert tokens == PreTrainedTokenizerFast(tokenizer_file=str(styled / "tokenizer.json")).encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("style", "config", "generation", "bos", "stops"),
+    [  # as Qwen2.5-Instruct, Llama-3.1-Instruct and Llama-2 publish them, with the names of our small vocabularies
+        ("qwen", {"add_bos_token": False, "bos_token": None, "eos_token": "<|im_end|>"}, {"eos_token_id": [2, 0]}, None, (0, 2)),
+        ("llama 3", {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}, {"eos_token_id": [0, 2, 5]}, 1, (0, 2, 5)),
+        ("llama 2", {"add_bos_token": True, "bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}}, {"eos_token_id": 2}, 1, (2,)),
+    ],
+)  # fmt: skip
+def test_each_style_begins_and_ends_as_its_makers_say(tmp_path, style, config, generation, bos, stops):
+    BACKENDS[style]().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_token, tokenizer.stop_tokens) == (bos, stops)
+    assert set(tokenizer.special_tokens) == {0, 1, 2, *stops}
+    assert tokenizer.bos_token not in tokenizer.encode("hello")
 
 
 def test_folder_and_gguf_agree(tmp_path):
@@ -335,7 +439,8 @@ def test_a_model_without_template_says_so(tmp_path):
     ("changes", "field"),
     [
         ({"model": "llama"}, "tokenizer.ggml.model"),
-        ({"pre": "qwen2"}, "tokenizer.ggml.pre"),
+        ({"pre": "default"}, "tokenizer.ggml.pre"),
+        ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokenizer.ggml.tokens"),
         ({"token_type": [1]}, "tokenizer.ggml.token_type"),
         ({"merges": ["nowhere tobefound"]}, "tokenizer.ggml.merges"),
@@ -349,6 +454,55 @@ def test_a_gguf_tokenizer_that_cannot_be_rebuilt_is_refused(tmp_path, changes, f
         load_tokenizer(write_gguf(tmp_path / "x.gguf", **changes))
     if field != "tokenizer.ggml.eos_token_id":
         assert "tokenizer.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pre", "backend", "add_bos", "bos"),
+    [
+        ("qwen2", qwen_backend, False, None), ("llama-bpe", llama3_backend, None, 1), ("llama3", llama3_backend, False, None),
+        ("gpt-2", gpt2_backend, None, None),
+    ],
+)  # fmt: skip
+def test_each_pre_tokenizer_splits_as_the_models_own_tokenizer_does(tmp_path, pre, backend, add_bos, bos):
+    theirs = backend()
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "x.gguf", theirs, pre=pre, add_bos=add_bos))
+    for text in [*TEXTS, *PROSE]:
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert tokenizer.bos_token == bos
+
+
+def test_pre_tokenizers_are_told_apart_by_the_texts_above(tmp_path):
+    found = set()
+    for pre in ("qwen2", "llama-bpe", "gpt-2", "smollm"):
+        tokenizer = load_tokenizer(write_gguf(tmp_path / f"{pre}.gguf", llama3_backend(), pre=pre))
+        found.add(str([tokenizer.encode(text) for text in PROSE]))
+    assert len(found) == 4
+
+
+def test_a_tokenizer_json_beside_a_gguf_file_stands_in_where_it_cannot_be_rebuilt(tmp_path):
+    """As for Llama 2 and Mistral, whose GGUF files carry SentencePiece's pieces."""
+    backend = llama2_backend()
+    tokens = sorted(backend.get_vocab(), key=backend.get_vocab().get)
+    stored = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": tokens,
+        "token_type": [1] * len(tokens),
+        "merges": [],
+        "bos": 1,
+        "eos": 2,
+        "add_bos": None,
+    }
+    file = write_gguf(tmp_path / "x.gguf", **stored)
+    with pytest.raises(BadInput, match="tokenizer.json beside"):
+        load_tokenizer(file)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.encode("hello, wórld") == backend.encode("hello, wórld", add_special_tokens=False).ids
+    assert (tokenizer.bos_token, tokenizer.stop_tokens) == (1, (2,))  # llama.cpp begins these with bos where the file is silent
+    make_backend().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BadInput, match="must have the tokens of x.gguf"):
+        load_tokenizer(file)
 
 
 def test_user_defined_tokens_are_one_id(tmp_path):

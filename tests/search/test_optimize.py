@@ -259,6 +259,15 @@ def test_the_command_runs_the_dtype_that_was_profiled():
     assert parsed(planned(made_profile(dtype="float32")).command)["dtype"] == "float32"
 
 
+def test_the_command_and_the_plan_open_the_model_as_the_profile_did():
+    plan = planned(made_profile(rope_theta=205_000.5, max_context_len=16_384))
+    assert (plan.rope_theta, plan.max_context_len) == (205_000.5, 16_384)
+    assert (parsed(plan.command)["rope_theta"], parsed(plan.command)["max_context"]) == (205_000.5, 16_384)
+    usual = planned(made_profile())
+    assert (usual.rope_theta, usual.max_context_len) == (None, None)
+    assert "--rope-theta" not in usual.command and "--max-context" not in usual.command
+
+
 def test_the_command_keeps_every_digit_of_a_temperature():
     sampler = Sampler(temperature=0.12345678)
     plan = planned(made_profile(samplers=[sampler]), Workload(context_len=1024, output_len=33, sampler=sampler))
