@@ -1,4 +1,5 @@
-"""The command line: parse, call one function, show one report. Exit codes: 0, 1 (the check failed), 2 (bad input), 130 (Ctrl-C).
+"""The command line: parse, call one function, show one report. Exit codes: 0, 1 (the check failed), 2 (bad input, a full disk),
+130 (Ctrl-C), 143 (SIGTERM).
 
 Importing this imports neither torch nor scipy; each command imports what it runs.
 """
@@ -11,6 +12,7 @@ import typer
 
 import planner
 from planner.cli.app import app
+from planner.cli.stopping import Stopped, stoppable
 from planner.errors import PlannerError
 
 for _command in ("profile", "plan", "estimate", "check", "sweep", "generate", "quickstart"):  # as --help lists them
@@ -27,14 +29,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Entry point; turns our own errors into one line and exit code 2."""
+    """Entry point; turns our own errors and signals into one line and an exit code."""
     from planner.report import terminal
 
     try:
-        app()
-    except PlannerError as error:
-        terminal.show_error(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        terminal.show_error("stopped by Ctrl-C")
-        sys.exit(130)
+        with stoppable():
+            app()
+    except (PlannerError, Stopped) as error:
+        terminal.show_error("; ".join([str(error), *getattr(error, "__notes__", [])]))
+        sys.exit(error.exit_code if isinstance(error, Stopped) else 2)

@@ -6,11 +6,14 @@ slow minute hits all cells alike and none alone.
 B  streams side by side
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import msgspec
 import torch
 
+from planner.errors import Unfinished
 from planner.measurements import Failure, RoundSample
 from planner.profiler.timer import PhaseTimer
 from planner.runtime.decode import decode
@@ -55,7 +58,7 @@ def measure_pass(
             try:
                 streams = streams or side_by_side(model, ground, batch)
                 samples.append(_measure_cell(model, streams, context_len, config, sampler, seed, role))
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 failures.append(Failure(cell=name, reason="out of memory"))
@@ -89,6 +92,17 @@ def side_by_side(model: Transformer, ground: Ground, batch: int) -> Ground:
 def is_out_of_memory(error: BaseException) -> bool:
     """PyTorch's CPU allocator raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+@contextmanager
+def needs_memory(what: str, remedy: str) -> Iterator[None]:
+    """Unfinished, with what can be done, where the memory runs out inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise Unfinished(f"the memory does not suffice for {what}; {remedy}") from None
 
 
 def _measure_cell(
