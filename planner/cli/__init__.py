@@ -37,4 +37,4 @@ def main() -> None:
             app()
     except (PlannerError, Stopped) as error:
         terminal.show_error("; ".join([str(error), *getattr(error, "__notes__", [])]))
-        sys.exit(error.exit_code if isinstance(error, Stopped) else 2)
+        sys.exit(error.code if isinstance(error, Stopped) else 2)

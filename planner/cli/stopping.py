@@ -16,7 +16,7 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {NAMES[number]}")
-        self.exit_code = 128 + number  # as a shell counts
+        self.code = 128 + number  # as a shell counts
 
 
 @contextmanager
