@@ -5,6 +5,7 @@ import json
 import os
 import pydoc_data.topics
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,34 +34,13 @@ from planner.specs import DrafterSpec, Sampler, SparseKV, Workload
 
 KILLS = 20
 NUM_TEXTS = 18  # more than a group
-PROFILE = (
+PROFILE = shlex.split(
     "profile --contexts 24,40 --temperatures 0,1 --kv-budgets 12,16 --sink 2 --recent 4 --selections window --drafter-weights full "
     f"--max-draft-len 2 --texts {NUM_TEXTS} --output-len 16 --dtype float32 --device cpu --execution eager --quiet"
-).split()
-SWEEP = [
-    "sweep",
-    "--isl",
-    "24",
-    "--osl",
-    "12",
-    "--kv-budgets",
-    "12",
-    "--sink",
-    "2",
-    "--recent",
-    "4",
-    "--draft-lens",
-    "1,2",
-    "--texts",
-    "6",
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
-    "--execution",
-    "eager",
-    "--quiet",
-]
+)
+SWEEP = shlex.split(
+    "sweep --isl 24 --osl 12 --kv-budgets 12 --sink 2 --recent 4 --draft-lens 1,2 --texts 6 --dtype float32 --device cpu --execution eager --quiet"
+)
 
 
 def write_model(folder: Path, seed: int = 0, swapped: bool = False) -> Path:
