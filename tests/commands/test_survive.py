@@ -38,6 +38,10 @@ PROFILE = shlex.split(
     "profile --contexts 24,40 --temperatures 0,1 --kv-budgets 12,16 --sink 2 --recent 4 --selections window --drafter-weights full "
     f"--max-draft-len 2 --texts {NUM_TEXTS} --output-len 16 --dtype float32 --device cpu --execution eager --quiet"
 )
+SHORT = shlex.split(
+    "profile --contexts 24 --temperatures 1 --kv-budgets 12 --sink 2 --recent 4 --selections window --drafter-weights full --max-draft-len 1 "
+    "--texts 6 --output-len 16 --dtype float32 --device cpu --execution eager --quiet"
+)
 SWEEP = shlex.split(
     "sweep --isl 24 --osl 12 --kv-budgets 12 --sink 2 --recent 4 --draft-lens 1,2 --texts 6 --dtype float32 --device cpu --execution eager --quiet"
 )
@@ -131,6 +135,13 @@ def uninterrupted(forks, folder):
     return load_profile(folder / "whole.json")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(forks, folder):
+    """The same for the short one."""
+    assert forks.whole(SHORT, folder / "short.json")[0] == 0
+    return load_profile(folder / "short.json")
+
+
 def whole_lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
@@ -205,7 +216,7 @@ def test_a_sweep_killed_at_random_moments_runs_every_trial_once(forks, tmp_path)
 
 @pytest.mark.parametrize(
     ("number", "argv", "code", "word"),
-    [(signal.SIGINT, PROFILE, 130, "Ctrl-C"), (signal.SIGTERM, PROFILE, 143, "SIGTERM"), (signal.SIGINT, SWEEP, 130, "Ctrl-C")],
+    [(signal.SIGINT, SHORT, 130, "Ctrl-C"), (signal.SIGTERM, SHORT, 143, "SIGTERM"), (signal.SIGINT, SWEEP, 130, "Ctrl-C")],
 )
 def test_a_run_that_is_asked_to_stop_says_how_to_go_on(forks, tmp_path, number, argv, code, word):
     out = tmp_path / "out.json"
@@ -220,44 +231,44 @@ def test_a_run_that_is_asked_to_stop_says_how_to_go_on(forks, tmp_path, number, 
 
 def test_a_second_run_with_the_same_output_is_refused_while_the_first_one_runs(forks, folder, tmp_path):
     out = tmp_path / "out.json"
-    pid = forks.held(PROFILE, out, after=2)
+    pid = forks.held(SHORT, out, after=2)
     try:
         with pytest.raises(BadInput, match="another process is writing the journal"):
             profiled(folder, out)
     finally:
         os.kill(pid, signal.SIGKILL)
     assert forks.end()[0] == -signal.SIGKILL
-    assert forks.whole([*PROFILE, "--resume"], out)[0] == 0
+    assert forks.whole([*SHORT, "--resume"], out)[0] == 0
 
 
-def test_killed_between_saving_and_tidying_up_both_ways_on_lose_nothing(forks, uninterrupted, tmp_path):
+def test_killed_between_saving_and_tidying_up_both_ways_on_lose_nothing(forks, undisturbed, tmp_path):
     out = tmp_path / "out.json"
-    os.kill(forks.held(PROFILE, out, after=6), signal.SIGKILL)
+    os.kill(forks.held(SHORT, out, after=3), signal.SIGKILL)
     forks.end()
-    save_profile(uninterrupted, out)
-    code, error = forks.whole(PROFILE, out)  # the same again would begin from nothing
+    save_profile(undisturbed, out)
+    code, error = forks.whole(SHORT, out)  # the same again would begin from nothing
     assert code == 2 and "finished pieces of an interrupted run; go on with --resume, or delete it" in error and error.count("\n") == 1
-    assert load_profile(out) == uninterrupted and journal_path(out).exists()
-    assert forks.whole([*PROFILE, "--resume"], out)[0] == 0
-    check_same(load_profile(out), uninterrupted)
+    assert load_profile(out) == undisturbed and journal_path(out).exists()
+    assert forks.whole([*SHORT, "--resume"], out)[0] == 0
+    check_same(load_profile(out), undisturbed)
 
 
 # ---- a full disk
 
 
-def test_a_profile_whose_disk_fills_up_ends_in_one_line_and_goes_on_when_there_is_room(forks, uninterrupted, tmp_path):
+def test_a_profile_whose_disk_fills_up_ends_in_one_line_and_goes_on_when_there_is_room(forks, undisturbed, tmp_path):
     out = tmp_path / "out.json"
-    code, error = forks.whole(PROFILE, out, max_file_bytes=30_000)
+    code, error = forks.whole(SHORT, out, max_file_bytes=6000)
     journal = journal_path(out)
     assert (code, error.count("\n")) == (2, 1)
     assert error.startswith(f"error: cannot write the journal {journal}: File too large; make room on its disk; ")
     assert f"what was finished is in {journal}, --resume goes on from there" in error
     before = journal.read_bytes()
-    assert 10_000 < len(before) <= 30_000 and before.endswith(b"\n")
-    code, error = forks.whole([*PROFILE, "--resume"], out, max_file_bytes=len(before) + 5000)
+    assert 2000 < len(before) <= 6000 and before.endswith(b"\n")
+    code, error = forks.whole([*SHORT, "--resume"], out, max_file_bytes=len(before) + 1000)
     assert code == 2 and journal.read_bytes().startswith(before)
-    assert forks.whole([*PROFILE, "--resume"], out)[0] == 0
-    check_same(load_profile(out), uninterrupted)
+    assert forks.whole([*SHORT, "--resume"], out)[0] == 0
+    check_same(load_profile(out), undisturbed)
 
 
 def test_a_profile_that_cannot_be_saved_stays_in_its_journal(folder, monkeypatch, tmp_path):
