@@ -386,7 +386,7 @@ def test_a_replay_that_runs_out_of_memory_is_reported_and_missing_on_that_text_a
         f"replay of self_sparse window 16 K=2 along text {n} at context 24, temperature 1" for n in (2, 5)
     ]
     save_profile(found, tmp_path / "profile.json")
-    estimate, _ = planner.estimate(tmp_path / "profile.json", drafter="self_sparse", kv_budget=16, draft_len=2, sink=2, recent=4, objective="tpot")
+    estimate, _ = planner.estimate(tmp_path / "profile.json", drafter="self_sparse", kv_budget=16, draft_len=2, objective="tpot")
     assert any("replayed on 8 of 10 texts" in note for note in estimate.notes) and estimate.num_texts == 8
     plan = planner.plan(tmp_path / "profile.json", objective="tpot")
     assert plan.num_candidates == 1 + 2 * 3 and not plan.rejected
@@ -445,7 +445,7 @@ BOTH = {
     "cores": (lambda patch: patched(patch, num_cores=99), "num_cores differs"),
     "execution": (lambda patch: patch.setattr("planner.runtime.kernels.Kernels.execution", "another"), "execution differs"),
     "version": (lambda patch: patch.setattr(planner, "__version__", "9.9"), "planner_version differs"),
-    "torch": (lambda patch: patch.setattr(torch, "__version__", "9.9"), "torch differs"),
+    "torch": (lambda patch: patch.setattr(torch, "__version__", "9.9.0"), "torch differs"),
 }
 SETTING = {
     "output_len": SETTINGS._replace(num_texts=4, output_len=17), "contexts": SETTINGS._replace(num_texts=4, contexts=[24, 30]),
