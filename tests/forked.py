@@ -4,6 +4,7 @@ Reads one JSON line per run from stdin: argv, a file for stderr; if files are to
 wait for a signal, behind which addition to its journal. Answers with the process id, and once the run is over with how it ended.
 """
 
+import gc
 import json
 import os
 import resource
@@ -51,6 +52,7 @@ def run(order: dict) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # threads do not survive a fork
     device.BUSY_SECONDS = 0.0
+    gc.freeze()  # every trial collects garbage: not what was imported here
     for line in sys.stdin:
         if (pid := os.fork()) == 0:
             run(json.loads(line))

@@ -13,9 +13,11 @@ import sys
 import time
 import weakref
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -43,7 +45,7 @@ SHORT = shlex.split(
     "--texts 6 --output-len 16 --dtype float32 --device cpu --execution eager --quiet"
 )
 SWEEP = shlex.split(
-    "sweep --isl 24 --osl 12 --kv-budgets 12 --sink 2 --recent 4 --draft-lens 1,2 --texts 6 --dtype float32 --device cpu --execution eager --quiet"
+    "sweep --isl 24 --osl 12 --kv-budgets 12 --sink 2 --recent 4 --draft-lens 1,2 --texts 4 --dtype float32 --device cpu --execution eager --quiet"
 )
 
 
@@ -151,14 +153,14 @@ def kill_at_random(forks: Forks, argv: list[str], out: Path, random: random.Rand
     journal = journal_path(out)
     goal, pause_s = len(whole_lines(journal)) + random.randrange(most), random.uniform(0, 0.05)
     pid = forks.begin([*argv, *["--resume"] * journal.exists()], out)
-    while len(whole_lines(journal)) < goal and not out.exists():
+    while len(whole_lines(journal)) < goal and psutil.pid_exists(pid):
         time.sleep(0.001)
     time.sleep(pause_s)
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
-    return forks.end()[0] == -number
+    code, error = forks.end()
+    assert code in (0, -number), error
+    return code == -number
 
 
 def chain_of_kills(forks, argv, folder, kills, seed, most):
@@ -207,7 +209,7 @@ def test_a_sweep_killed_at_random_moments_runs_every_trial_once(forks, tmp_path)
     for out in [tmp_path / "whole.json", *outs]:
         found = msgspec.json.decode(out.read_bytes(), type=Sweep)
         trials.append([(t.config, t.text, t.output_len, t.drafted, t.accepted) for cell in found.cells for t in cell.trials])
-    assert len(trials[0]) == 6 * (1 + 2 + 2)
+    assert len(trials[0]) == 4 * (1 + 2 + 2)
     assert all(sorted(map(repr, other)) == sorted(map(repr, trials[0])) for other in trials)
 
 
