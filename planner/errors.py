@@ -9,5 +9,9 @@ class BadInput(PlannerError, ValueError):
     """A file, flag or argument that breaks a rule."""
 
 
+class Unfinished(PlannerError):
+    """The machine did not let something be finished: the disk is full, or memory ran out."""
+
+
 class MissingExtra(PlannerError, ImportError):
     """A command that needs an optional part of the installation, `specplan[runtime]` for one."""

@@ -1,14 +1,19 @@
-"""Files are replaced whole or not at all; journals go on where a kill left them."""
+"""Files are replaced whole or not at all; journals go on where a kill or a full disk left them."""
 
+import errno
+import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import threading
+from collections import Counter
 
 import msgspec
 import pytest
 
 from planner import files
-from planner.errors import BadInput
+from planner.errors import BadInput, Unfinished
 from planner.files import MAX_JSON_BYTES, Journal, check_writable, journal_path, read_bytes, write_whole
 
 
@@ -26,7 +31,8 @@ HEADER = Header("profile")
 
 
 def resumed(path, header=HEADER):
-    return list(Journal(path, header, resume=True).entries(Piece))
+    with Journal(path, header, resume=True) as journal:
+        return list(journal.entries(Piece))
 
 
 # ---- whole files
@@ -44,10 +50,10 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_no_other(tmp_path, monkey
     write_whole(tmp_path / "f", b"old")
 
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, step, fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(Unfinished, match="cannot write .*f: No space left on device; make room"):
         write_whole(tmp_path / "f", b"new and longer")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["f"]
@@ -140,6 +146,7 @@ def test_a_journal_gives_back_what_was_added(tmp_path):
     for piece in pieces:
         journal.add(piece)
     assert list(journal.entries(Piece)) == []  # earlier runs finished nothing
+    journal.close()
     assert resumed(tmp_path / "j") == pieces
 
 
@@ -154,10 +161,26 @@ def test_resuming_what_never_began_begins_it(tmp_path):
     assert resumed(tmp_path / "j") == [Piece(1)]
 
 
-def test_without_resume_a_journal_starts_afresh(tmp_path):
+def test_without_resume_what_was_finished_is_not_thrown_away(tmp_path):
+    for pieces in ([Piece(1)], [Piece(1), Piece(2)]):
+        Journal(tmp_path / "j", HEADER, resume=True).add(pieces[-1])
+        with pytest.raises(BadInput, match=f"holds {len(pieces)} finished pieces .*--resume, or delete it"):
+            Journal(tmp_path / "j", HEADER, resume=False)
+        assert resumed(tmp_path / "j") == pieces
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run":"pro', b'{"run":"another"}\n', b'{"run":"another"}\n{"num'])
+def test_without_resume_a_journal_that_holds_nothing_is_begun_anew(tmp_path, content):
+    (tmp_path / "j").write_bytes(content)
     Journal(tmp_path / "j", HEADER, resume=False).add(Piece(1))
-    Journal(tmp_path / "j", HEADER, resume=False)
-    assert resumed(tmp_path / "j") == []
+    assert resumed(tmp_path / "j") == [Piece(1)]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run":"pro'])
+def test_a_journal_killed_before_its_first_line_was_whole_is_begun_by_a_resume(tmp_path, content):
+    (tmp_path / "j").write_bytes(content)
+    Journal(tmp_path / "j", HEADER, resume=True).add(Piece(1))
+    assert resumed(tmp_path / "j") == [Piece(1)]
 
 
 def test_a_run_killed_at_any_byte_keeps_every_finished_piece(tmp_path):
@@ -170,23 +193,33 @@ def test_a_run_killed_at_any_byte_keeps_every_finished_piece(tmp_path):
     content = (tmp_path / "j").read_bytes()
     for size in range(start, len(content) + 1):
         (tmp_path / "cut").write_bytes(content[:size])
-        again = Journal(tmp_path / "cut", HEADER, resume=True)
         finished = sum(end <= size for end in ends)
-        assert list(again.entries(Piece)) == [Piece(i, "x\ny") for i in range(finished)]
-        again.add(Piece(99))  # not glued to the half line that the kill left
+        with Journal(tmp_path / "cut", HEADER, resume=True) as again:
+            assert list(again.entries(Piece)) == [Piece(i, "x\ny") for i in range(finished)]
+            again.add(Piece(99))  # not glued to the half line that the kill left
         assert resumed(tmp_path / "cut") == [*(Piece(i, "x\ny") for i in range(finished)), Piece(99)]
 
 
-@pytest.mark.parametrize("other", [Header("profile", seed=1), Header("check")])
-def test_the_journal_of_another_run_is_refused_and_kept(tmp_path, other):
+@pytest.mark.parametrize(
+    "other, differs", [(Header("profile", seed=1), "seed differs"), (Header("check"), "run differs"), (Header("check", 1), "run, seed differ")]
+)
+def test_the_journal_of_another_run_is_refused_and_kept(tmp_path, other, differs):
     Journal(tmp_path / "j", HEADER, resume=False).add(Piece(1))
-    with pytest.raises(BadInput, match="another run .*delete it or drop --resume"):
+    with pytest.raises(BadInput, match=rf"another run \({differs}\); .*delete it, or change --out"):
         Journal(tmp_path / "j", other, resume=True)
     assert resumed(tmp_path / "j") == [Piece(1)]
 
 
+def test_a_journal_whose_first_line_is_no_header_is_refused_and_kept(tmp_path):
+    for content in (b"\xff\x00\n", b"[1]\n", b"a text of the user's\n"):
+        (tmp_path / "j").write_bytes(content)
+        with pytest.raises(BadInput, match="first line is damaged"):
+            Journal(tmp_path / "j", HEADER, resume=True)
+        assert (tmp_path / "j").read_bytes() == content
+
+
 def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
-    Journal(tmp_path / "j", HEADER, resume=False)
+    Journal(tmp_path / "j", HEADER, resume=False).close()
     with open(tmp_path / "j", "ab") as file:
         file.write(b'{"number": "one"}\n{"number": 2}\n')
     with pytest.raises(BadInput, match="damaged: .*number.*; delete it"):
@@ -196,3 +229,121 @@ def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
 def test_a_journal_lies_beside_what_the_run_writes(tmp_path):
     Journal(journal_path(tmp_path / "profile.json"), HEADER, resume=False)
     assert os.listdir(tmp_path) == ["profile.json.journal.jsonl"]
+
+
+def hold(path, held, release):
+    journal = Journal(path, HEADER, resume=True)
+    held.set()
+    release.wait(30)
+    journal.close()
+
+
+@pytest.mark.parametrize("end", ["closed", "killed"])
+def test_one_process_at_a_time_writes_a_journal(tmp_path, end):
+    """The lock ends with the process, however that ends."""
+    Journal(tmp_path / "j", HEADER, resume=False).add(Piece(1))
+    context = multiprocessing.get_context("fork")
+    held, release = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "j", held, release))
+    other.start()
+    assert held.wait(30)
+    for resume in (False, True):
+        with pytest.raises(BadInput, match="another process is writing the journal .*wait for it, or change --out"):
+            Journal(tmp_path / "j", HEADER, resume=resume)
+    release.set() if end == "closed" else other.kill()
+    other.join()
+    assert resumed(tmp_path / "j") == [Piece(1)]
+
+
+def test_a_journal_that_was_removed_while_it_was_waited_for_is_begun_anew(tmp_path, monkeypatch):
+    """Between opening and locking, the run that had it finishes and removes it: what is added must not go into the removed file."""
+    Journal(tmp_path / "j", HEADER, resume=False).add(Piece(1))
+    real, calls = files.fcntl.flock, Counter()
+
+    def flock(file, operation):
+        calls["flock"] += 1
+        if calls["flock"] == 1:
+            (tmp_path / "j").unlink()
+        real(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    Journal(tmp_path / "j", HEADER, resume=True).add(Piece(2))
+    monkeypatch.undo()
+    assert calls["flock"] == 2 and resumed(tmp_path / "j") == [Piece(2)]
+
+
+# ---- a full disk
+
+
+@pytest.mark.parametrize("step", ["write", "fsync"])
+def test_a_disk_that_fills_up_leaves_the_journal_as_it_was_and_room_lets_it_go_on(tmp_path, monkeypatch, step):
+    journal = Journal(tmp_path / "j", HEADER, resume=False)
+    journal.add(Piece(1))
+    before = (tmp_path / "j").read_bytes()
+
+    class Full:
+        """Takes half a line and then no more."""
+
+        def __init__(self, file):
+            self._file, self._left = file, 5
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def write(self, content):
+            if self._left == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._left -= (n := self._file.write(content[: self._left]))
+            return n
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    real = journal._file
+    if step == "write":
+        journal._file = Full(real)
+    else:
+        monkeypatch.setattr(files.os, "fsync", fail)
+    for _ in range(2):
+        with pytest.raises(Unfinished, match="cannot write the journal .*j: No space left on device; make room"):
+            journal.add(Piece(2, "long" * 100))
+        assert (tmp_path / "j").read_bytes() == before
+    monkeypatch.undo()
+    journal._file = real
+    journal.add(Piece(3))
+    journal.close()
+    assert resumed(tmp_path / "j") == [Piece(1), Piece(3)]
+
+
+def test_half_a_line_that_could_not_be_taken_back_is_not_glued_to_the_next(tmp_path):
+    journal = Journal(tmp_path / "j", HEADER, resume=False)
+    journal.add(Piece(1))
+    with open(tmp_path / "j", "ab") as file:
+        file.write(b'{"number":2,"na')
+    journal.add(Piece(3))
+    journal.close()
+    assert resumed(tmp_path / "j") == [Piece(1), Piece(3)]
+
+
+FILL = """
+import resource, sys
+import test_files as t
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+journal, added = t.Journal(sys.argv[1], t.HEADER, resume=True), 0
+try:
+    while True:
+        journal.add(t.Piece(added, "x" * 50))
+        added += 1
+except t.Unfinished as error:
+    print(added, error)
+"""
+
+
+def test_a_journal_at_a_real_limit_keeps_what_it_took(tmp_path):
+    """The limit on the size of a file is the nearest to a full disk that needs no rights."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])}
+    words = [sys.executable, "-c", FILL, str(tmp_path / "j")]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    added, _, message = done.stdout.partition(" ")
+    assert 5 < int(added) < 20 and "File too large; make room" in message
+    assert resumed(tmp_path / "j") == [Piece(i, "x" * 50) for i in range(int(added))]

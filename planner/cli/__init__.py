@@ -1,4 +1,5 @@
-"""The command line: parse, call one function, show one report. Exit codes: 0, 1 (the check failed), 2 (bad input), 130 (Ctrl-C).
+"""The command line: parse, call one function, show one report. Exit codes: 0, 1 (the check failed), 2 (bad input, a full disk),
+130 (Ctrl-C), 143 (SIGTERM).
 
 Importing this imports neither torch nor scipy; each command imports what it runs.
 """
@@ -14,6 +15,7 @@ import typer
 
 import planner
 from planner.cli.app import app
+from planner.cli.stopping import Stopped, stoppable
 from planner.errors import PlannerError
 from planner.files import process_rank
 
@@ -31,19 +33,17 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Entry point; turns our own errors into one line and exit code 2."""
+    """Entry point; turns our own errors and signals into one line and an exit code."""
     from planner.report import terminal
 
     rank = process_rank()
     try:
-        with nullcontext() if rank == 0 else _silent():
+        with stoppable(), nullcontext() if rank == 0 else _silent():
             app()
-    except PlannerError as error:
-        terminal.show_error(f"rank {rank}: {error}" if rank else error)  # the trouble may be that rank's alone
-        sys.exit(2)
-    except KeyboardInterrupt:
-        terminal.show_error("stopped by Ctrl-C")
-        sys.exit(130)
+    except (PlannerError, Stopped) as error:
+        message = "; ".join([str(error), *getattr(error, "__notes__", [])])
+        terminal.show_error(f"rank {rank}: {message}" if rank else message)  # the trouble may be that rank's alone
+        sys.exit(error.code if isinstance(error, Stopped) else 2)
 
 
 @contextmanager

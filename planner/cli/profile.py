@@ -23,6 +23,7 @@ from planner.cli.options import (
     paths,
     policies,
 )
+from planner.cli.stopping import journaled
 from planner.units import parse_numbers
 
 
@@ -61,7 +62,7 @@ def profile(
 ) -> None:
     """Measure this device: acceptance by replay, latency by whole rounds. A journal lies beside --out until it is complete."""
     from planner.commands.profile import Settings
-    from planner.files import check_writable, remove_journal
+    from planner.files import check_writable
     from planner.measurements import save_profile
     from planner.report import terminal
     from planner.specs import Sampler
@@ -78,12 +79,11 @@ def profile(
         num_texts=texts, output_len=output_len, seed=seed, max_minutes=max_minutes,
         batches=parse_numbers(batches, int, "--batches"),
     )  # fmt: skip
-    with terminal.progress("profile", quiet=quiet) as progress:
-        result = planner.profile(
-            model, paths(dataset), settings=settings, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta,
-            max_context_len=max_context, out=out, resume=resume,
-            progress=progress,
-        )  # fmt: skip
-    save_profile(result, out)
-    remove_journal(out)
+    with journaled(out):
+        with terminal.progress("profile", quiet=quiet) as progress:
+            result = planner.profile(
+                model, paths(dataset), settings=settings, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta,
+                max_context_len=max_context, out=out, resume=resume, progress=progress,
+            )  # fmt: skip
+        save_profile(result, out)
     terminal.print_json(result) if as_json else terminal.show_profile(result, out)

@@ -25,6 +25,7 @@ from planner.cli.options import (
     vocabs,
     words,
 )
+from planner.cli.stopping import journaled
 from planner.units import parse_numbers
 
 
@@ -61,7 +62,7 @@ def sweep(
 ) -> None:
     """The brute-force grid that a plan replaces: every configuration run on every text."""
     from planner.commands.check import grid
-    from planner.files import check_writable, remove_journal
+    from planner.files import check_writable
     from planner.plans import save_sweep
     from planner.report import terminal
     from planner.specs import Sampler, Workload
@@ -76,12 +77,11 @@ def sweep(
     )
     sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k)
     workload = Workload(context_len=isl, output_len=osl, sampler=sampler, batch=max_concurrency)
-    with terminal.progress("sweep", quiet=quiet) as progress:
-        result = planner.sweep(
-            model, paths(dataset), workload=workload, configs=configs, num_texts=texts, dtype=dtype, device=device, execution=execution,
-            weights=weights, rope_theta=rope_theta, max_context_len=max_context, seed=seed, out=out,
-            resume=resume, progress=progress,
-        )  # fmt: skip
-    save_sweep(result, out)
-    remove_journal(out)
+    with journaled(out):
+        with terminal.progress("sweep", quiet=quiet) as progress:
+            result = planner.sweep(
+                model, paths(dataset), workload=workload, configs=configs, num_texts=texts, dtype=dtype, device=device, execution=execution,
+                weights=weights, rope_theta=rope_theta, max_context_len=max_context, seed=seed, out=out, resume=resume, progress=progress,
+            )  # fmt: skip
+        save_sweep(result, out)
     terminal.print_json(result) if as_json else terminal.show_sweep(result, out)

@@ -141,7 +141,8 @@ def sweep(
     For a batch, texts run side by side in groups of as many, and num_texts is rounded up to whole groups.
     """
     from planner.profiler.device import complaints, describe_device, read_environment
-    from planner.profiler.texts import draw_prompts, expand
+    from planner.profiler.latency import needs_memory
+    from planner.profiler.texts import digest, draw_prompts, expand
     from planner.profiler.trial import run_trials
 
     began = time.perf_counter()
@@ -158,34 +159,30 @@ def sweep(
     arms = list(dict.fromkeys([PLAIN, *configs]))
     count = _whole_groups(num_texts, workload.batch)
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=count, seed=seed)
+    device_spec = describe_device(session.model.device)
     header = _SweepRun(
-        planner=planner.__version__, fingerprint=session.model.fingerprint, device=describe_device(session.model.device).name, dtype=dtype,
-        execution=session.model.kernels.execution, tensor_parallel=session.ranks.size,
-        workload=workload, seed=seed, texts=[prompt.key for prompt in prompts],
+        planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights,
+        device=device_spec.name, num_cores=device_spec.num_cores, dtype=dtype, execution=session.model.kernels.execution,
+        tensor_parallel=session.ranks.size, workload=workload,
+        seed=seed, texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
     )  # fmt: skip
-    keep, entries = open_journal(session, out, header, _Finished, resume=resume)
-    entries = [entry for entry in entries if entry.trial.config in arms]
-    trials, earlier_minutes = [entry.trial for entry in entries], sum(entry.minutes for entry in entries)
-    progress.stage("sweep", len(arms) * len(prompts))
-    progress.advance(len(trials))
-    last = began
-    known = {(trial.text, trial.config) for trial in trials}
-    for trial in run_trials(
-        session.model,
-        prompts,
-        arms,
-        workload.sampler,
-        output_len=workload.output_len,
-        stop_tokens=session.tokenizer.stop_tokens,
-        seed=seed,
-        batch=workload.batch,
-        skip=known,
-    ):
-        now = time.perf_counter()
-        keep(_Finished(trial=trial, minutes=(now - last) / 60))
-        last = now
-        trials.append(trial)
-        progress.advance()
+    with open_journal(session, out, header, _Finished, resume=resume) as (keep, entries):
+        entries = [entry for entry in entries if entry.trial.config in arms]
+        trials, earlier_minutes = [entry.trial for entry in entries], sum(entry.minutes for entry in entries)
+        progress.stage("sweep", len(arms) * len(prompts))
+        progress.advance(len(trials))
+        last = began
+        steps = run_trials(
+            session.model, prompts, arms, workload.sampler, output_len=workload.output_len, stop_tokens=session.tokenizer.stop_tokens, seed=seed,
+            batch=workload.batch, skip={(trial.text, trial.config) for trial in trials},
+        )  # fmt: skip
+        with needs_memory(f"{workload.batch} streams at context {workload.context_len}", "end other programs, or lower --max-concurrency or --isl"):
+            for trial in steps:
+                now = time.perf_counter()
+                keep(_Finished(trial=trial, minutes=(now - last) / 60))
+                last = now
+                trials.append(trial)
+                progress.advance()
     minutes = earlier_minutes + (time.perf_counter() - began) / 60
     warnings = complaints(environment) + session.warnings + _shared_moments(workload.batch, len(prompts))
     return session.ranks.first(lambda: _sweep_report(model, workload, arms, trials, environment, warnings, minutes), Sweep)
@@ -216,15 +213,19 @@ def grid(
 class _SweepRun(msgspec.Struct, kw_only=True):
     """What must agree for a sweep to be resumed."""
 
-    planner: str
-    fingerprint: str
+    planner_version: str
+    torch: str
+    fingerprint: str  # of the model
+    weights: Weights
     device: str
+    num_cores: int | None
     dtype: str
     execution: str
     tensor_parallel: int
     workload: Workload
     seed: int
     texts: list[str]
+    prompts: str  # digest of their tokens
 
 
 class _Finished(msgspec.Struct, kw_only=True):

@@ -1,5 +1,6 @@
 """planner profile: measure a model on this device, from prompts to a Profile."""
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import msgspec
 import planner
 from planner.commands.progress import Progress, Silent
 from planner.commands.session import Session, open_journal, open_session
-from planner.errors import BadInput
+from planner.errors import BadInput, Unfinished
 from planner.measurements import (
     AcceptanceSample,
     EnergySample,
@@ -23,7 +24,7 @@ from planner.measurements import (
     Seconds,
     Text,
 )
-from planner.specs import PLAIN, DeviceSpec, DraftConfig, DrafterSpec, Execution, Sampler, SparseKV, Weights, checked, describe_sampler
+from planner.specs import PLAIN, DeviceSpec, DraftConfig, DrafterSpec, Execution, Sampler, SparseKV, Weights, checked, describe, describe_sampler
 from planner.units import format_bytes
 
 MIN_TEXTS = 4  # kept whatever --max-minutes says: below, an interval means nothing
@@ -87,7 +88,8 @@ def measure(
 ) -> Profile:
     """The same with a model that is already loaded."""
     from planner.profiler.device import complaints, describe_device, read_environment
-    from planner.profiler.texts import draw_prompts, expand
+    from planner.profiler.latency import needs_memory
+    from planner.profiler.texts import digest, draw_prompts, expand
 
     settings = _checked(settings, session)
     environment = read_environment(session.model.device)
@@ -96,42 +98,47 @@ def measure(
     group = session.ranks.first(lambda: _group_size(session, device, settings), int)
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
     header = _Run(
-        planner_version=planner.__version__, fingerprint=session.model.fingerprint, device=device.name, num_cores=device.num_cores,
-        dtype=str(session.model.dtype), execution=session.model.kernels.execution, settings=settings._replace(max_minutes=None), group=group,
-        tensor_parallel=session.ranks.size, texts=[prompt.key for prompt in prompts],
+        planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights,
+        device=device.name, num_cores=device.num_cores, dtype=str(session.model.dtype), execution=session.model.kernels.execution,
+        settings=settings._replace(max_minutes=None), group=group, tensor_parallel=session.ranks.size, texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
     )  # fmt: skip
-    keep, done = (lambda entry: None, []) if out is None else open_journal(session, out, header, _PassDone | _TextsDone, resume=resume)
     deadline = None if settings.max_minutes is None else began + 60 * settings.max_minutes
-    num_earlier = len(done)
+    with open_journal(session, out, header, _PassDone | _TextDone, resume=resume) as (keep, done):
+        num_earlier = len(done)
 
-    def finish(entry: "_PassDone | _TextsDone") -> None:
-        keep(entry)
-        done.append(entry)
+        def finish(entry: "_PassDone | _TextDone") -> None:
+            keep(entry)
+            done.append(entry)
 
-    timing = _Timing(session, _prepare(session, prompts[0], settings), settings, [entry for entry in done if isinstance(entry, _PassDone)])
-    known = {(entry.first, entry.context_len, entry.sampler) for entry in done if isinstance(entry, _TextsDone)}
-    warnings = []
-    steps = _measure_acceptance(
-        session, prompts, settings, group=group, known=known, deadline=deadline, progress=progress, warnings=warnings
-    )  # fmt: skip
-    if not timing.passes:
-        finish(timing.run(progress))
-    for entry in steps:
-        finish(entry)
-        texts_done = sum(isinstance(entry, _TextsDone) for entry in done)
-        if timing.due(texts_done / (-(-len(prompts) // group) * len(settings.contexts) * len(settings.samplers))):
+        with needs_memory(f"one prompt of {max(settings.contexts)} tokens", "lower --contexts"):
+            grounds = _prepare(session, prompts[0], settings)
+        timing = _Timing(session, grounds, settings, [entry for entry in done if isinstance(entry, _PassDone)])
+        known = {entry.key for entry in done if isinstance(entry, _TextDone)}
+        warnings = []
+        steps = _measure_acceptance(
+            session, prompts, settings, group=group, known=known, deadline=deadline, progress=progress, warnings=warnings
+        )  # fmt: skip
+        if not timing.passes:
             finish(timing.run(progress))
-    while not timing.complete:
-        finish(timing.run(progress))
+        for entry in steps:
+            texts_done = sum(isinstance(entry, _TextDone) for entry in done)
+            if entry is not None:
+                finish(entry)
+            elif timing.due(texts_done / (len(prompts) * len(settings.contexts) * len(settings.samplers))):
+                finish(timing.run(progress))
+        while not timing.complete:
+            finish(timing.run(progress))
     again = timing.again()
     energy = timing.energy(progress)
+    texts = [entry for entry in done if isinstance(entry, _TextDone)]
     minutes = {
-        "rounds": sum(entry.minutes for entry in done if isinstance(entry, _PassDone)),
-        "texts": sum(entry.minutes for entry in done if isinstance(entry, _TextsDone)),
+        "rounds": sum(entry.minutes for entry in timing.passes),
+        "texts": sum(entry.minutes for entry in texts),
         "other": (time.perf_counter() - began) / 60 - sum(entry.minutes for entry in done[num_earlier:]),
     }
-    found = _Measured(timing, again, [entry for entry in done if isinstance(entry, _TextsDone)], energy, minutes)
-    warnings = complaints(environment) + session.warnings + warnings + energy.warnings
+    found = _Measured(timing, again, texts, energy, minutes)
+    seen = [warning for entry in texts for warning in entry.warnings]
+    warnings = complaints(environment) + session.warnings + seen + warnings + energy.warnings
     return session.ranks.first(lambda: _profile(model, session, settings, device, environment, found, warnings), Profile)
 
 
@@ -140,7 +147,7 @@ class _Measured(NamedTuple):
 
     timing: "_Timing"
     again: list[RoundSample]
-    texts: list["_TextsDone"]
+    texts: list["_TextDone"]
     energy: "_Energy"
     minutes: dict[str, float]
 
@@ -181,7 +188,7 @@ def _profile(
         memory=[sample for entry in found.timing.passes[:1] for sample in entry.memory],
         energy=found.energy.samples,
         energy_source=found.energy.source,
-        failures=found.timing.failures,
+        failures=found.timing.failures + [failure for entry in found.texts for failure in entry.failures],
         minutes=found.minutes,
         warnings=warnings,
     )
@@ -219,7 +226,9 @@ class _Run(msgspec.Struct, kw_only=True):
     """What must agree for a profile to be resumed."""
 
     planner_version: str
-    fingerprint: str
+    torch: str
+    fingerprint: str  # of the model
+    weights: Weights
     device: str
     num_cores: int | None
     dtype: str
@@ -228,6 +237,7 @@ class _Run(msgspec.Struct, kw_only=True):
     group: int
     tensor_parallel: int
     texts: list[str]
+    prompts: str  # digest of their tokens
 
 
 class _PassDone(msgspec.Struct, kw_only=True, tag="pass"):
@@ -239,16 +249,22 @@ class _PassDone(msgspec.Struct, kw_only=True, tag="pass"):
     minutes: float
 
 
-class _TextsDone(msgspec.Struct, kw_only=True, tag="texts"):
-    """A group of texts, written and replayed at one context under one sampler."""
+class _TextDone(msgspec.Struct, kw_only=True, tag="text"):
+    """A prompt, continued and replayed at one context under one sampler."""
 
-    first: int  # index of the group's first prompt
+    number: int  # of the prompt
     context_len: int
     sampler: Sampler
-    prefill_s: list[Seconds]  # of each prompt
-    texts: list[Text]
-    samples: list[AcceptanceSample]  # text counts within the group
+    prefill_s: Seconds
+    text: Text | None  # None: it ended with its first token
+    samples: list[AcceptanceSample]  # their `text` is filled in when the profile is put together
+    failures: list[Failure]
+    warnings: list[str] = []
     minutes: float
+
+    @property
+    def key(self) -> tuple:
+        return self.number, self.context_len, self.sampler
 
 
 def _checked(settings: Settings, session: Session) -> Settings:
@@ -439,76 +455,132 @@ def _measure_acceptance(
     deadline: float | None,
     progress: Progress,
     warnings: list[str],
-) -> Iterator[_TextsDone]:
+) -> Iterator[_TextDone | None]:
     """Groups of prompts, each continued at every context under every sampler; what is known is passed over.
 
+    None after every stage: a moment to time rounds, nothing being half done. A group that the memory does not suffice for is halved, and so are those after it.
+    """
+    from planner.profiler.latency import is_out_of_memory
+
+    first, group_s, news = 0, 0.0, []  # group_s: how long the last group took; news: warnings for the next entry
+    while first < len(prompts):
+        size = min(group, len(prompts) - first)
+        todo = {(n, c, s) for n in range(first, first + size) for c in settings.contexts for s in settings.samplers} - known
+        late = deadline is not None and session.ranks.first(lambda: time.perf_counter() + group_s > deadline, bool)  # noqa: B023 - called here
+        if todo and first >= MIN_TEXTS and late:
+            warnings.append(f"stopped after {first} of {len(prompts)} texts, --max-minutes was up: intervals are wider than asked for")
+            return
+        begin_s = time.perf_counter()
+        try:
+            for entry in _continue_group(session, prompts, range(first, first + size), settings, todo, progress) if todo else ():
+                if entry is not None:
+                    entry.warnings, news = news, []
+                    known.add(entry.key)
+                yield entry
+            first += size
+            group_s = time.perf_counter() - begin_s
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1 or session.ranks.size > 1:  # of several ranks, one alone cannot begin anew
+                raise Unfinished(
+                    f"the memory does not suffice for one text at context {max(settings.contexts)}; end other programs or lower --contexts"
+                ) from None
+        gc.collect()  # out here nothing holds on to the group's cache, as the error did
+        group = size // 2
+        news = [*news, f"the memory did not suffice for {size} texts side by side: from text {first + 1} on, {group} were written at once"]
+
+
+def _continue_group(
+    session: Session,
+    prompts: list,
+    numbers: range,  # of the prompts that make up the group
+    settings: Settings,
+    todo: set[tuple],
+    progress: Progress,
+) -> Iterator[_TextDone | None]:
+    """The texts of a group that are still to do, replayed as soon as all are written.
+
+    All of them are written, whatever is to do: what is computed beside a text may change its last bits, and with them the text.
     A shorter context is the beginning of the longer one's prompt, so prefill goes on where it was.
     """
     import torch
 
-    from planner.profiler.acceptance import replay, write_texts
+    from planner.profiler.acceptance import write_texts
     from planner.profiler.timer import synchronize
     from planner.runtime.decode import cache_capacity
     from planner.runtime.model import prefill
 
     model, configs = session.model, drafts(settings)
-    capacity = cache_capacity(max(settings.contexts), settings.output_len, 0)
-    group_s = 0.0  # how long the last group took
-    for first in range(0, len(prompts), group):
-        batch = prompts[first : first + group]
-        todo = [(c, s) for c in settings.contexts for s in settings.samplers if (first, c, s) not in known]
-        if not todo:
-            continue
-        late = deadline is not None and session.ranks.first(lambda: time.perf_counter() + group_s > deadline, bool)  # noqa: B023 - called here
-        if first >= MIN_TEXTS and late:
-            warnings.append(f"stopped after {first} of {len(prompts)} texts, --max-minutes was up: intervals are wider than asked for")
-            return
-        cache = model.new_cache(capacity, batch=len(batch))
-        begin_s = last = time.perf_counter()
-        elapsed = [0.0] * len(batch)
-        for begin, context_len in zip([0, *settings.contexts], settings.contexts):
-            logits = []
-            cache.truncate(begin)
-            progress.stage(f"prompts at {context_len} tokens", len(batch))
-            for b, prompt in enumerate(batch):  # one by one: this is also the measurement of prefill
-                stream = cache.stream(b)
-                before = synchronize(model.device)
-                logits.append(prefill(model, torch.tensor([prompt.tokens[begin:context_len]], device=model.device), stream))
-                elapsed[b] += synchronize(model.device) - before
-                progress.advance()
-            for number, sampler in enumerate(settings.samplers):
-                if (context_len, sampler) not in todo:
-                    continue
-                cache.lengths = [context_len] * len(batch)
-                seeds = [settings.seed + 1000 * number + first + b for b in range(len(batch))]
-                texts, samples = [], []
-                progress.stage(f"texts at {context_len} tokens, {describe_sampler(sampler)}", 1 + len(batch))
-                written = write_texts(
-                    model, cache, batch, context_len, torch.cat(logits), sampler, output_len=settings.output_len,
-                    stop_tokens=session.tokenizer.stop_tokens, seeds=seeds,
-                )  # fmt: skip
-                progress.advance()
-                for text, target_text in written:
-                    samples += [replay(model, target_text, config, len(texts)) for config in configs]
-                    texts.append(text)
-                    progress.advance()
-                now = time.perf_counter()
-                yield _TextsDone(
-                    first=first, context_len=context_len, sampler=sampler, prefill_s=list(elapsed), texts=texts, samples=samples,
-                    minutes=(now - last) / 60,
-                )  # fmt: skip
-                last = time.perf_counter()
+    batch = [prompts[n] for n in numbers]
+    contexts = [c for c in settings.contexts if c <= max(c for _, c, _ in todo)]
+    last = time.perf_counter()
+    cache = model.new_cache(cache_capacity(contexts[-1], settings.output_len, 0), batch=len(batch))
+    elapsed = [0.0] * len(batch)
+    for begin, context_len in zip([0, *contexts], contexts):
+        logits = []
+        cache.truncate(begin)
+        progress.stage(f"prompts at {context_len} tokens", len(batch))
+        for b, prompt in enumerate(batch):  # one by one: this is also the measurement of prefill
+            stream = cache.stream(b)
+            before = synchronize(model.device)
+            logits.append(prefill(model, torch.tensor([prompt.tokens[begin:context_len]], device=model.device), stream))
+            elapsed[b] += synchronize(model.device) - before
+            progress.advance()
+        for index, sampler in enumerate(settings.samplers):
+            missing = [b for b, n in enumerate(numbers) if (n, context_len, sampler) in todo]
+            if not missing:
+                continue
             cache.lengths = [context_len] * len(batch)
-        group_s = time.perf_counter() - begin_s
+            seeds = [settings.seed + 1000 * index + n for n in numbers]
+            progress.stage(f"texts at {context_len} tokens, {describe_sampler(sampler)}", 1 + len(missing))
+            written = write_texts(
+                model, cache, batch, context_len, torch.cat(logits), sampler, output_len=settings.output_len,
+                stop_tokens=session.tokenizer.stop_tokens, seeds=seeds,
+            )  # fmt: skip
+            progress.advance()
+            for b in missing:
+                text, target_text = written[b] or (None, None)
+                samples, failures = (
+                    ([], []) if text is None else _replay_all(model, target_text, configs, f"text {numbers[b] + 1} at context {context_len}")
+                )
+                yield _TextDone(
+                    number=numbers[b], context_len=context_len, sampler=sampler, prefill_s=elapsed[b], text=text, samples=samples,
+                    failures=failures, minutes=(time.perf_counter() - last) / 60,
+                )  # fmt: skip
+                progress.advance()
+                last = time.perf_counter()
+            yield None
+            last = time.perf_counter()
+        cache.lengths = [context_len] * len(batch)
 
 
-def _assembled(done: list[_TextsDone], settings: Settings) -> tuple[list[Text], list[AcceptanceSample], list[PrefillSample]]:
+def _replay_all(model, target_text, configs: list[DraftConfig], where: str) -> tuple[list[AcceptanceSample], list[Failure]]:
+    """Every drafter along one text; one that runs out of memory is reported and passed over."""
+    from planner.profiler.acceptance import replay
+    from planner.profiler.latency import is_out_of_memory
+
+    samples, failures = [], []
+    for config in configs:
+        try:
+            samples.append(replay(model, target_text, config, 0))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or model.kernels.num_ranks > 1:
+                raise
+            failures.append(
+                Failure(cell=f"replay of {describe(config)} along {where}, {describe_sampler(target_text.sampler)}", reason="out of memory")
+            )
+    return samples, failures
+
+
+def _assembled(done: list[_TextDone], settings: Settings) -> tuple[list[Text], list[AcceptanceSample], list[PrefillSample]]:
     texts, samples = [], []
     prefill_s = {context_len: {} for context_len in settings.contexts}
-    for entry in sorted(done, key=lambda entry: (entry.context_len, settings.samplers.index(entry.sampler), entry.first)):
-        samples += [msgspec.structs.replace(sample, text=sample.text + len(texts)) for sample in entry.samples]
-        texts += entry.texts
-        prefill_s[entry.context_len][entry.first] = entry.prefill_s
+    for entry in sorted(done, key=lambda entry: (entry.context_len, settings.samplers.index(entry.sampler), entry.number)):
+        samples += [msgspec.structs.replace(sample, text=len(texts)) for sample in entry.samples]
+        texts += [entry.text] * (entry.text is not None)
+        prefill_s[entry.context_len][entry.number] = entry.prefill_s
     for context_len in settings.contexts:
         for sampler in settings.samplers:
             count = sum(text.context_len == context_len and text.sampler == sampler for text in texts)
@@ -516,5 +588,5 @@ def _assembled(done: list[_TextsDone], settings: Settings) -> tuple[list[Text], 
                 raise BadInput(
                     f"an interval needs at least {MIN_TEXTS} texts, only {count} grew beyond one token at context {context_len}; use other prompts"
                 )
-    prefill = [PrefillSample(context_len=c, seconds=[s for group in prefill_s[c].values() for s in group]) for c in settings.contexts]
+    prefill = [PrefillSample(context_len=c, seconds=list(prefill_s[c].values())) for c in settings.contexts]
     return texts, samples, prefill

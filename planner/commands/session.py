@@ -1,6 +1,7 @@
 """A model on a device, ready to run: what profile, check, sweep and generate share. Needs the extra [runtime]."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -78,17 +79,21 @@ def open_session(
     return Session(target.cheaper(weights), spec, ranks, tokenizer, base_bytes, weights, rope_theta, max_context_len, warnings)
 
 
-def open_journal(session: Session, out: str | Path, header: msgspec.Struct, kind: type, *, resume: bool) -> tuple[Callable, list]:
+@contextmanager
+def open_journal(
+    session: Session, out: str | Path | None, header: msgspec.Struct, kind: type, *, resume: bool
+) -> Iterator[tuple[Callable[[msgspec.Struct], None], list]]:
     """How a finished piece is kept beside `out`, which rank 0 does, and the pieces of earlier runs, on every rank."""
-    keep = []
+    with ExitStack() as stack:
+        keep = []
 
-    def opened() -> list:
-        journal = Journal(journal_path(out), header, resume=resume)
-        keep.append(journal.add)
-        return list(journal.entries(kind))
+        def opened() -> list:
+            journal = stack.enter_context(Journal(journal_path(out), header, resume=resume))
+            keep.append(journal.add)
+            return list(journal.entries(kind))
 
-    entries = session.ranks.first(opened, list[kind])
-    return keep[0] if keep else lambda entry: None, entries
+        entries = [] if out is None else session.ranks.first(opened, list[kind])
+        yield keep[0] if keep else lambda entry: None, entries
 
 
 def _kernels(execution: Execution | None, device, dtype) -> tuple["Kernels", list[str]]:  # noqa: F821  planner.runtime.kernels

@@ -6,7 +6,7 @@ interpolated linearly; outside of them there is no answer.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from planner.errors import BadInput
 from planner.measurements import MIN_DISTINCT_4GRAMS, Profile
 from planner.specs import DraftConfig, DrafterSpec, FullKV, KVPolicy, SparseKV, Workload, describe, describe_sampler
 
+MIN_TEXTS = 2  # below, there is no scatter between texts to make an interval of
 CONTEXT_SLACK = 0.1  # a workload this close to a profiled context uses it as it is, and says so
 
 
@@ -48,6 +49,7 @@ class AcceptanceModel:
             for sample in samples:
                 by_budget[_budget(sample.kv)].append(sample)
             self._cells[key] = dict(sorted(by_budget.items()))
+        self._num_texts = Counter((text.context_len, text.sampler) for text in profile.texts)
         self._walks: dict[tuple, dict[int, Rounds]] = {}
 
     @property
@@ -90,8 +92,14 @@ class AcceptanceModel:
         walks = self._walk(budgets, config.draft_len, workload)
         parts = [(weight, walks[budget]) for budget, weight in weights.items()]
         shared = sorted(set.intersection(*(set(rounds.texts) for _, rounds in parts)))
-        if not shared:
-            raise BadInput(f"the profile's budgets around {describe(config)} share no text; profile them together")
+        written = self._num_texts[context_len, workload.sampler]
+        if len(shared) < min(MIN_TEXTS, written):
+            raise BadInput(
+                f"{describe(config)} was replayed on {len(shared)} of {written} texts at context {context_len}, an interval needs at least {MIN_TEXTS}; "
+                "see the profile's failures"
+            )
+        if len(shared) < written:
+            notes.append(f"{describe(config)} was replayed on {len(shared)} of {written} texts at context {context_len}: see the profile's failures")
         picks = [(weight, rounds, np.searchsorted(rounds.texts, shared)) for weight, rounds in parts]
         by_drafted = sum(weight * rounds.by_drafted[pick] for weight, rounds, pick in picks)
         chance = sum(weight * rounds.chance[pick] for weight, rounds, pick in picks)

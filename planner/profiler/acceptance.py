@@ -37,8 +37,11 @@ def write_texts(
     output_len: int,
     stop_tokens: tuple[int, ...],
     seeds: list[int],
-) -> list[WrittenText]:
-    """Let the target continue all prompts at once. Afterwards each stream's cache holds its text."""
+) -> list[WrittenText | None]:
+    """Let the target continue all prompts at once; None for one that ended with its first token, which leaves nothing to draft.
+
+    Afterwards each stream's cache holds its text.
+    """
     histories = [prompt.tokens[:context_len] for prompt in prompts]
     generators = [torch.Generator(device=model.device).manual_seed(seed) for seed in seeds]
     rounds = decode(
@@ -51,12 +54,14 @@ def write_texts(
             output += tokens
     written = []
     for b, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        if len(output) < 2:
+            written.append(None)
+            continue
         text = Text(
             kind=prompt.kind, source=prompt.source, offset=prompt.offset, extent=prompt.extent, context_len=context_len, sampler=sampler,
             output_len=len(output), distinct_4grams=distinct_4grams(output),
         )  # fmt: skip
-        if len(output) >= 2:  # one token, from prefill, leaves nothing to draft
-            written.append(WrittenText(text, judge(model, cache.stream(b), histories[b], output, sampler).target_text))
+        written.append(WrittenText(text, judge(model, cache.stream(b), histories[b], output, sampler).target_text))
     return written
 
 

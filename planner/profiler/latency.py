@@ -8,12 +8,13 @@ B  streams side by side
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import msgspec
 import torch
 
-from planner.errors import BadInput
+from planner.errors import BadInput, Unfinished
 from planner.measurements import EnergySample, Failure, RoundSample
 from planner.profiler.energy import Counter, measure_energy
 from planner.profiler.timer import PhaseTimer, synchronize
@@ -98,7 +99,7 @@ def _over_cells(
             try:
                 streams = streams or side_by_side(model, ground, batch)
                 samples.append(measure(streams, context_len, config))
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if (ranks := model.kernels.num_ranks) > 1:
@@ -136,6 +137,17 @@ def side_by_side(model: Transformer, ground: Ground, batch: int) -> Ground:
 def is_out_of_memory(error: BaseException) -> bool:
     """PyTorch's CPU allocator raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+@contextmanager
+def needs_memory(what: str, remedy: str) -> Iterator[None]:
+    """Unfinished, with what can be done, where the memory runs out inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise Unfinished(f"the memory does not suffice for {what}; {remedy}") from None
 
 
 def _measure_cell(

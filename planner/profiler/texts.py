@@ -79,6 +79,11 @@ def expand(paths: list[str]) -> list[Path]:
     return files
 
 
+def digest(prompts: list[Prompt]) -> str:
+    """Of all their tokens: another tokenizer or chat template makes other prompts of the same stretches."""
+    return hashlib.sha256(repr([prompt.tokens for prompt in prompts]).encode()).hexdigest()[:16]
+
+
 def distinct_4grams(tokens: list[int]) -> float:
     """Share of distinct 4-grams; 1 for a text without any. Below 0.6 a text is repeating itself."""
     grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]

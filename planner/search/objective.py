@@ -191,12 +191,17 @@ def _difference_variance(a: Prediction, b: Prediction) -> tuple[float, float]:
 
 
 def _paired_variance(a, b) -> float:
-    """Variance of the mean difference in TPOT at one context; a configuration without texts is the same on all of them."""
+    """Variance of the difference of mean TPOTs at one context; a configuration without texts is the same on all of them.
+
+    Where both have the same texts it is that of the mean difference; a text that one of them lacks has nothing to cancel.
+    """
     if a is None or b is None:
         weight, _, tpot = a or b
         return weight**2 * _variance_of_mean(tpot)
     _, rows_a, rows_b = np.intersect1d(a[1], b[1], return_indices=True)
-    return a[0] ** 2 * _variance_of_mean(a[2][rows_a] - b[2][rows_b])
+    covariance = np.cov(a[2][rows_a], b[2][rows_b])[0, 1] if len(rows_a) > 1 else 0.0
+    variance = _variance_of_mean(a[2]) + _variance_of_mean(b[2]) - 2 * covariance * len(rows_a) / (len(a[1]) * len(b[1]))
+    return a[0] ** 2 * max(0.0, float(variance))
 
 
 def _variance_of_mean(values: np.ndarray) -> float:

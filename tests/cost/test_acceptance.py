@@ -139,14 +139,16 @@ def test_between_budgets_only_texts_that_both_have_count():
     profile = thinned(made_profile(), lambda sample: (sample.kv.budget, sample.text) not in {(64, 1), (256, 2)})
     model = fit_acceptance(profile)
     assert one_stratum(model, config(budget=64), workload())[0].texts.tolist() == [0, 2, 3]
-    rounds, _ = one_stratum(model, config(budget=100), workload())
+    rounds, notes = one_stratum(model, config(budget=100), workload())
     assert rounds.texts.tolist() == [0, 3]
     assert len(rounds.by_drafted) == len(rounds.chance) == 2
+    assert "was replayed on 2 of 4 texts at context 1024: see the profile's failures" in notes[-1]
 
 
-def test_budgets_without_a_common_text_are_refused():
-    profile = thinned(made_profile(), lambda sample: (sample.text % 2 == 0) == (sample.kv.budget == 64))
-    with pytest.raises(BadInput, match="share no text; profile them together"):
+@pytest.mark.parametrize("shared", [0, 1])
+def test_budgets_without_two_common_texts_are_refused(shared):
+    profile = thinned(made_profile(), lambda sample: (sample.text % 2 == 0) == (sample.kv.budget == 64) or sample.text < shared)
+    with pytest.raises(BadInput, match=f"replayed on {shared} of 4 texts at context 1024, an interval needs at least 2; see the profile's failures"):
         fit_acceptance(profile).strata(config(budget=128), workload())
 
 

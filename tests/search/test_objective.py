@@ -263,3 +263,24 @@ def test_a_90_percent_interval_covers_the_truth_in_100_made_profiles():
         widths.append((found.high - found.low) / found.value)
     assert covered >= 80
     assert np.median(widths) < 0.5  # not by saying nothing
+
+
+def without_texts(profile, budget: int, missing: set[int]):
+    """The profile, a budget's replays lacking on some texts."""
+    kept = [s for s in profile.acceptance if getattr(s.kv, "budget", None) != budget or s.text not in missing]
+    return msgspec.structs.replace(profile, acceptance=kept)
+
+
+def test_a_text_that_one_of_two_configurations_lacks_does_not_cancel_in_their_difference():
+    """Both budgets have the same acceptance, which differs from text to text: on the same texts that cancels, on others it does not."""
+    profile = made_profile(contexts=(1024,), accept=lambda kv, context_len, number: (number % 4 + 1) * FIFTH, texts_per_cell=8)
+    spread, scatter = [], []
+    for missing in (set(), {0}, {0, 5}, {0, 1, 2, 3, 4, 5}):
+        models = fit_models(without_texts(profile, 64, missing))
+        a, b = (predict(models, sparse(2, budget), workload()) for budget in (64, 256))
+        spread.append(objective._difference_variance(a, b)[0])
+        own, other = a.per_text[0][2], b.per_text[0][2]
+        covariance = np.cov(own, other[[i for i in range(8) if i not in missing]])[0, 1]
+        scatter.append(np.var(own, ddof=1) / len(own) + np.var(other, ddof=1) / 8 - 2 * covariance / 8)
+    assert spread == pytest.approx(scatter)
+    assert spread[0] < 0.01 * spread[1] and spread[1] < spread[2] < spread[3]
