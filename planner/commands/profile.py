@@ -100,7 +100,8 @@ def measure(
     header = _Run(
         planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights,
         device=device.name, num_cores=device.num_cores, dtype=str(session.model.dtype), execution=session.model.kernels.execution,
-        settings=settings._replace(max_minutes=None), group=group, tensor_parallel=session.ranks.size, texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
+        tensor_parallel=session.ranks.size, settings=settings._replace(max_minutes=None), group=group,
+        texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
     )  # fmt: skip
     deadline = None if settings.max_minutes is None else began + 60 * settings.max_minutes
     with open_journal(session, out, header, _PassDone | _TextDone, resume=resume) as (keep, done):

@@ -76,7 +76,10 @@ def open_session(
 
         part, spec = load_shard(load, ranks)
         target = build_sharded(part, kernels, ranks, found, tokenizer.special_tokens)
-    return Session(target.cheaper(weights), spec, ranks, tokenizer, base_bytes, weights, rope_theta, max_context_len, warnings)
+    return Session(
+        model=target.cheaper(weights), target=spec, ranks=ranks, tokenizer=tokenizer, base_bytes=base_bytes, weights=weights,
+        rope_theta=rope_theta, max_context_len=max_context_len, warnings=warnings,
+    )  # fmt: skip
 
 
 @contextmanager

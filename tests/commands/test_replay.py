@@ -21,6 +21,7 @@ from planner.profiler.served import read_log
 from planner.profiler.texts import Prompt
 from planner.replays import ServedReplay, save_replay
 from planner.runtime.model import prefill
+from planner.runtime.ranks import Ranks
 from planner.specs import DraftConfig, DrafterSpec, Sampler, SparseKV
 
 K = 3
@@ -40,7 +41,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def session(model):
-    return Session(model, LetterTokenizer(), 0, "full", [])
+    return Session(
+        model=model, target=model.spec, ranks=Ranks(), tokenizer=LetterTokenizer(), base_bytes=0, weights="full", rope_theta=None,
+        max_context_len=None, warnings=[],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
