@@ -74,12 +74,12 @@ def replay(model: Transformer, written: TargetText, config: DraftConfig, text_in
 
 @torch.inference_mode()
 def _judge(model: Transformer, cache: KVCache, prompt: list[int], output: list[int], sampler: Sampler) -> TargetText:
-    """The probability of each token in a wide pass, as verification would see it; rewrites the text's keys and values."""
+    """The probability of each token in a wide pass, as verification would see it; rewrites what the cache holds of the text."""
     L, T = len(prompt), len(output)
     cache.truncate(L)
     tokens = torch.tensor(output, device=model.device)
     positions = torch.arange(L, L + T - 1, device=model.device)[None]
-    hidden = model(tokens[None, :-1], positions, cache).hidden[0]
+    hidden = model(tokens[None, :-1], positions, cache, taps=cache.taps).hidden[0]
     cache.commit([T - 1])
     # Greedy: the text is the argmax by construction; a wide pass in bfloat16 disagrees with the narrow one at near-ties.
     probs = torch.ones(T - 1, device=model.device) if sampler.greedy else probability_of(model.logits(hidden), tokens[1:], sampler)

@@ -30,6 +30,7 @@ class AdversarialDrafter:
     """Always drafts the same unlikely tokens and claims to be certain of them."""
 
     nbytes = 0
+    taps = ()
 
     def start(self, target_cache, histories):
         pass
@@ -38,7 +39,7 @@ class AdversarialDrafter:
         tokens = torch.full((len(histories), max(draft_lens)), 7)
         return Draft(tokens, torch.zeros(*tokens.shape, 61).scatter_(-1, tokens[..., None], 1.0), draft_lens)
 
-    def commit(self, target_cache, counts):
+    def commit(self, target_cache, histories, counts):
         pass
 
 
@@ -99,7 +100,7 @@ def joint_frequencies(model, config, sampler, drafter=None, runs=4000, batch=100
     """How often each pair (token 2, token 3) was written, given that token 1 is free."""
     one, logits = prefilled(model, [prompt], 60)
     cache = model.new_cache(60, batch=batch)
-    cache.keys[:], cache.values[:] = one.keys, one.values
+    cache.take(one, len(prompt))
     counts = np.zeros((61, 61))
     for run_index in range(runs // batch):
         cache.lengths = [len(prompt)] * batch
@@ -124,8 +125,7 @@ def exact_pairs(model, sampler, prompt=random_prompt(30, seed=3)):
         positions = torch.arange(len(prompt), len(prompt) + tokens.shape[1])[None]
         view_cache, _ = prefilled(model, [prompt], 60)
         big = model.new_cache(60, batch=len(tokens))
-        big.keys[:], big.values[:] = view_cache.keys, view_cache.values
-        big.lengths = [len(prompt)] * len(tokens)
+        big.take(view_cache, len(prompt))
         hidden = model(tokens, positions.expand(len(tokens), -1), big, big.causal_mask(tokens.shape[1])).hidden
         return probabilities(model.logits(hidden[:, -1]), sampler)
 
