@@ -65,7 +65,9 @@ def head_files(model: Transformer, seed: int = 0, known: int = 45, ids: tuple[in
     Random, but its attention looks for the token it is at and hands on a part of its embedding, so that some drafts are kept.
     """
     target, generator = model.spec, torch.Generator().manual_seed(seed)
-    H, G, D, C, ffn = 4, 2, 8, target.hidden_size, 40
+    C, D, ffn = target.hidden_size, target.head_dim, 40
+    G = max(1, C // (2 * D))
+    H = 2 * G
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
