@@ -41,7 +41,7 @@ from planner.runtime.weights import (
 )
 from planner.specs import HeadSpec, ModelSpec
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
+ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")  # as published, and as vLLM has it
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 MAX_TAPS = 16
 VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "parallel_drafting")  # heads that compute something else
@@ -117,13 +117,42 @@ def load_head(path: str | Path, target: Transformer, dtype: torch.dtype) -> Eagl
     if not folder.is_dir():
         raise BadInput(f"an EAGLE-3 head is a folder with config.json and model.safetensors, got {folder}; give its folder")
     spec, taps = _checked_config(folder / "config.json", spec, target.spec)
+    tensors, fingerprint = _load_tensors(folder, spec, len(taps), target, dtype)
+    kernels, kept = target.kernels, tensors.get("d2t")
+
+    def matrix(*names: str) -> Linear:
+        return Linear(torch.cat([tensors[f"{name}.weight"] for name in names]), kernels)
+
+    layer = Layer(
+        tensors["midlayer.hidden_norm.weight"], tensors["midlayer.post_attention_layernorm.weight"],
+        matrix(*(f"midlayer.self_attn.{name}_proj" for name in "qkv")), matrix("midlayer.self_attn.o_proj"),
+        matrix("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj"), matrix("midlayer.mlp.down_proj"),
+    )  # fmt: skip
+    head = matrix("lm_head")
+    return EagleHead(
+        spec, taps, "-".join([fingerprint, *map(str, taps)]), tensors.get("embed_tokens.weight", target.embedding), matrix("fc"),
+        tensors["midlayer.input_layernorm.weight"], layer, tensors["norm.weight"],
+        head if kept is None else ReducedHead(head, kept, target.spec.vocab_size), kernels,
+    )  # fmt: skip
+
+
+def _load_tensors(
+    folder: Path, spec: ModelSpec, num_taps: int, target: Transformer, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], str]:  # fmt: skip
+    """Every tensor of the head by its name with midlayer, and the fingerprint of the files.
+
+    d2t stands for the target's ids that the head knows, and is left out where it knows all.
+    """
     with ExitStack() as stack:
         files, _ = _weight_files(folder)
-        where = {}  # tensor -> its name in the file, and the file
+        where = {}  # name -> its file, opened, its name there, and the path
         for file in files:
             opened = stack.enter_context(_reading(file, safe_open, file, framework="pt"))
-            for name in list(opened.keys()):  # not a dict
-                where[name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name] = opened, name, file
+            for stored in list(opened.keys()):  # not a dict
+                name = "midlayer." + stored.removeprefix("layers.0.") if stored.startswith("layers.0.") else stored
+                if name in where:
+                    raise BadInput(f"{file}: tensor {one_line(stored)} is also {one_line(where[name][1])} of {where[name][2].name}; keep one of them")
+                where[name] = opened, stored, file
         source = files[0] if len(files) == 1 else folder
         own_embedding = "embed_tokens.weight" in where
         if not own_embedding and spec.hidden_size != target.spec.hidden_size:
@@ -131,45 +160,27 @@ def load_head(path: str | Path, target: Transformer, dtype: torch.dtype) -> Eagl
                 f"{source}: embed_tokens.weight must be there, as the target's embedding is {target.spec.hidden_size} wide and "
                 f"the head {spec.hidden_size}, got none; use another head"
             )
-        expected = dict(_expected_shapes(spec, target.spec, len(taps), own_embedding))
-        reduced = spec.vocab_size < target.spec.vocab_size or "d2t" in where
-        if reduced:
+        expected = dict(_expected_shapes(spec, target.spec, num_taps, own_embedding))
+        if spec.vocab_size < target.spec.vocab_size or "d2t" in where:
             expected["d2t"] = (spec.vocab_size,)
         _check_tensors(source, expected, where)
 
-        def read(name: str) -> Tensor:
+        tensors = {}
+        for name in expected:
             opened, stored, file = where[name]
-            return _reading(file, opened.get_tensor, stored)
-
-        kept = _kept_tokens(source, read("d2t"), target.spec.vocab_size).to(target.device) if reduced else None
-        # copy: pages of a mapped file would be timed as if they were memory
-        part = {
-            name: _finite(source, name, read(name).to(device=target.device, dtype=dtype, copy=True)) for name in expected if name != "d2t"
-        }  # fmt: skip
-    kernels = target.kernels
-
-    def matrix(*names: str) -> Linear:
-        return Linear(torch.cat([part[f"midlayer.{name}_proj.weight"] for name in names]), kernels)
-
-    layer = Layer(
-        part["midlayer.hidden_norm.weight"], part["midlayer.post_attention_layernorm.weight"],
-        matrix("self_attn.q", "self_attn.k", "self_attn.v"), matrix("self_attn.o"), matrix("mlp.gate", "mlp.up"), matrix("mlp.down"),
-    )  # fmt: skip
-    head = Linear(part["lm_head.weight"], kernels)
-    fingerprint = _fingerprint(spec, [(file, _safetensors_header_bytes(file)) for file in files])
-    return EagleHead(
-        spec, taps, "-".join([fingerprint, *map(str, taps)]),
-        part["embed_tokens.weight"] if own_embedding else target.embedding, Linear(part["fc.weight"], kernels),
-        part["midlayer.input_layernorm.weight"], layer, part["norm.weight"],
-        head if kept is None or len(kept) == target.spec.vocab_size else ReducedHead(head, kept, target.spec.vocab_size), kernels,
-    )  # fmt: skip
+            tensor = _reading(file, opened.get_tensor, stored)
+            if name != "d2t":  # copy: pages of a mapped file would be timed as if they were memory
+                tensors[name] = _finite(file, stored, tensor.to(device=target.device, dtype=dtype, copy=True))
+            elif len(kept := _kept_tokens(file, tensor, target.spec.vocab_size)) < target.spec.vocab_size:
+                tensors[name] = kept.to(target.device)
+    return tensors, _fingerprint(spec, [(file, _safetensors_header_bytes(file)) for file in files])
 
 
 def _checked_config(source: Path, spec: ModelSpec, target: ModelSpec) -> tuple[ModelSpec, tuple[int, ...]]:
     """The head's shape with the vocabulary that it drafts from, and the layers of the target that it reads."""
     config = Fields(source, read_json(source))
-    if config.get("architectures") != [ARCHITECTURE]:
-        raise config.refusal("architectures", f"must be ['{ARCHITECTURE}'], an EAGLE-3 head")
+    if config.get("architectures") not in [[name] for name in ARCHITECTURES]:
+        raise config.refusal("architectures", f"must be one of {', '.join(ARCHITECTURES)}, an EAGLE-3 head")
     if config.get("eagle_config") is not None and not isinstance(config.get("eagle_config"), dict):
         raise config.refusal("eagle_config", "must be an object")
     nested = Fields(source, {f"eagle_config.{name}": value for name, value in (config.get("eagle_config") or {}).items()})
@@ -190,7 +201,7 @@ def _checked_config(source: Path, spec: ModelSpec, target: ModelSpec) -> tuple[M
     if known > spec.vocab_size:
         raise config.refusal("draft_vocab_size", f"must be at most vocab_size ({spec.vocab_size})")
     taps = _taps(config if config.get(LAYER_IDS) is not None else nested, target.num_layers)
-    # Positions beyond those that a head was trained on are for acceptance to judge: published heads declare 2048.
+    # Published heads declare 2048 positions beside targets of 128K; engines go by the target (sgl-project/sglang#10787).
     return msgspec.structs.replace(spec, vocab_size=known, max_context_len=target.max_context_len), taps
 
 
