@@ -13,6 +13,9 @@ from tiny import HEAD, head_files, native_kernels, prefilled, random_prompt, tin
 
 from planner.cost.memory import full_cache_bytes, head_bytes
 from planner.errors import BadInput
+from planner.profiler.latency import Ground, side_by_side
+from planner.profiler.texts import Prompt
+from planner.profiler.trial import run_trials
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.none import NoDrafter
@@ -238,6 +241,20 @@ def test_a_cache_made_before_the_head_was_loaded_is_refused(model):
         make_drafter(EAGLE3, model).start(cache, [[1, 2, 3]])
 
 
+def test_a_prompt_copied_into_a_batch_drafts_as_it_does_alone(model):
+    """As rounds are timed: what the copies lack, only acceptance would tell."""
+    prompt = random_prompt(20)
+    cache, logits = prefilled(model, [prompt], 60)
+    drafts = []
+    for batch in (1, 3):
+        ground = side_by_side(model, Ground(prompt, cache, logits), batch)
+        drafter = make_drafter(EAGLE3, model, batch=batch)
+        drafter.start(ground.cache, [prompt] * batch)
+        with torch.inference_mode():
+            drafts.append(drafter.propose([[*prompt, 5]] * batch, [K] * batch, Sampler(), [torch.Generator()] * batch))
+    assert drafts[1].tokens.tolist() == drafts[0].tokens.tolist() * 3
+
+
 # ---- what it holds
 
 
@@ -259,6 +276,15 @@ def test_bytes_are_those_that_the_planner_predicts(tmp_path, dtype, own_embeddin
     predicted += head_bytes(model.spec, "float32", head_spec(head, model), dtype, capacity=54, batch=2)
     assert cache.nbytes + drafter.nbytes == predicted
     assert cache.features.nbytes == 2 * 54 * 3 * 32 * 4
+
+
+def test_a_trial_counts_the_bytes_that_the_planner_predicts(model):
+    prompts = [Prompt("kind", "source", i, 20, random_prompt(20, seed=i)) for i in range(2)]
+    trials = list(run_trials(model, prompts, [EAGLE3], SOFT, output_len=10, stop_tokens=(), seed=0, batch=2))
+    head = head_spec(model.beside[HEAD.path, HEAD.dtype], model)
+    capacity = cache_capacity(20, 10, K)
+    own = head_bytes(model.spec, "float32", head, "float32", capacity=capacity, batch=2)
+    assert {trial.cache_bytes for trial in trials} == {own + full_cache_bytes(model.spec, "float32", capacity=capacity, batch=2)}
 
 
 def test_greedy_output_is_plain_greedy_output_with_a_head_of_another_dtype_beside_a_quantised_target(tmp_path):
