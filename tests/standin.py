@@ -8,11 +8,13 @@ What it cannot show: CUDA's generators, events, graphs and kernels.
 
 import json
 import sys
+import tempfile
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
-from tiny import prefilled, random_prompt, tiny_model
+from tiny import HEAD, prefilled, random_prompt, tiny_model, with_head
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -136,6 +138,7 @@ CONFIGS = {
     "ngram": DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=DRAFT_LEN),
     "window": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=20, sink=4, recent=8), draft_len=DRAFT_LEN),
     "chunk": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=21, recent=9, selection="chunk"), draft_len=DRAFT_LEN),
+    "eagle3": DraftConfig(drafter=HEAD, draft_len=DRAFT_LEN),
 }  # fmt: skip
 RUNS = [(config, "greedy", [50]) for config in CONFIGS] + [(config, "warm", [70, 33, 51]) for config in CONFIGS]
 
@@ -155,9 +158,18 @@ class ReadsTwice(NoDrafter):
         float(target_cache.keys[0, 0, 0, 0, 0])
 
 
+def standin_model(config: DraftConfig, **options):
+    """The target, with a head beside it where one is to draft."""
+    model = tiny_model(**options)
+    if config.drafter != HEAD:
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        return with_head(model, Path(folder) / "head")
+
+
 def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sampler, drafter_class=None, kernels: Kernels | None = None) -> dict:
     """Texts of a decoding run, and the host reads of each round, the first token's included."""
-    model = tiny_model(sharpness=1.5, device=device, kernels=kernels)
+    model = standin_model(config, sharpness=1.5, device=device, kernels=kernels)
     prompts = [random_prompt(length, seed=length) for length in lengths]
     cache, logits = prefilled(model, prompts, cache_capacity(max(lengths), NEW_TOKENS, DRAFT_LEN))
     drafter = drafter_class(61, model.device) if drafter_class else make_drafter(config, model, batch=len(prompts))
@@ -184,7 +196,7 @@ def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sam
 
 def replay_of(device: str, config: DraftConfig, sampler: Sampler) -> dict:
     """Acceptance along two texts that the target wrote."""
-    model = tiny_model(sharpness=1.1, device=device)
+    model = standin_model(config, sharpness=1.1, device=device)
     prompt = random_prompt(50)
     cache, logits = prefilled(model, [prompt, prompt], 50 + NEW_TOKENS)
     on_cpu.clear()

@@ -1,14 +1,19 @@
 """Small random models for tests: real architecture, seeded weights, milliseconds per pass."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from planner.errors import BadInput
+from planner.runtime.eagle_head import load_head
 from planner.runtime.kernels import Kernels
 from planner.runtime.model import Transformer, build_model, prefill
 from planner.runtime.native import NativeKernels
 from planner.runtime.weights import Checkpoint, expected_shapes
-from planner.specs import ModelSpec
+from planner.specs import DrafterSpec, ModelSpec
 
 
 def tiny_spec(**changes) -> ModelSpec:
@@ -52,6 +57,59 @@ def tiny_checkpoint(seed: int = 0, device: str = "cpu", sharpness: float = 1.0, 
         if name not in tensors:
             tensors[name] = random(*shape) * 3 if name.endswith(".bias") else 1 + random(*shape) if "norm" in name else random(*shape)
     return Checkpoint(spec=spec, tensors=tensors, fingerprint="0" * 16)
+
+
+HEAD = DrafterSpec(kind="eagle3", path="head")  # of models that with_head made
+
+
+def head_files(model: Transformer, seed: int = 0, known: int = 45, ids: tuple[int, ...] = (2, 1), **changes) -> tuple[dict, dict[str, torch.Tensor]]:
+    """config.json and tensors of an EAGLE-3 head as they are published, ids being layers of the target that are read on entering.
+
+    Random, but its attention looks for the token it is at and hands on a part of its embedding, so that some drafts are kept.
+    """
+    target, generator = model.spec, torch.Generator().manual_seed(seed)
+    C, D, ffn = target.hidden_size, target.head_dim, 40
+    G = max(1, C // (2 * D))
+    H = 2 * G
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": C, "intermediate_size": ffn, "num_hidden_layers": 1,
+        "num_attention_heads": H, "num_key_value_heads": G, "head_dim": D, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "tie_word_embeddings": False, "vocab_size": target.vocab_size, "draft_vocab_size": known,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(ids), "use_aux_hidden_state": True},
+    }  # fmt: skip
+    part = torch.linalg.qr(random(C, G * D)).Q.T  # [G * D, C] orthonormal rows: what of an embedding is handed on
+    by_head = part.unflatten(0, (G, D)).repeat_interleave(H // G, 0).flatten(0, 1)  # [H * D, C]
+    kept = torch.randperm(target.vocab_size, generator=generator)[:known].sort().values
+    tensors = {
+        "fc.weight": random(C, len(ids) * C) * 0.5, "norm.weight": 1 + 0.1 * random(C),
+        "lm_head.weight": model.embedding.detach().cpu().float()[kept] + 0.1 * random(known, C),
+        "midlayer.input_layernorm.weight": 1 + 0.1 * random(C), "midlayer.hidden_norm.weight": 1 + 0.1 * random(C),
+        "midlayer.post_attention_layernorm.weight": 1 + 0.1 * random(C),
+        "midlayer.self_attn.q_proj.weight": torch.cat([by_head * 1.5, random(H * D, C) * 0.5], 1),
+        "midlayer.self_attn.k_proj.weight": torch.cat([part * 1.5, random(G * D, C) * 0.5], 1),
+        "midlayer.self_attn.v_proj.weight": torch.cat([part, random(G * D, C) * 0.3], 1),
+        "midlayer.self_attn.o_proj.weight": by_head.T * (G / H) * 3 + 0.1 * random(C, H * D),
+        "midlayer.mlp.gate_proj.weight": random(ffn, C), "midlayer.mlp.up_proj.weight": random(ffn, C), "midlayer.mlp.down_proj.weight": random(C, ffn),
+        "d2t": kept - torch.arange(known), "t2d": torch.zeros(target.vocab_size, dtype=torch.bool).index_fill_(0, kept, True),
+    }  # fmt: skip
+    return config | changes, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def write_head(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def with_head(model: Transformer, folder: Path, **options) -> Transformer:
+    """The model with a head beside it, which HEAD names."""
+    model.beside[HEAD.path, HEAD.dtype] = load_head(write_head(folder, *head_files(model, **options)), model, model.dtype)
+    return model
 
 
 def native_kernels(dtype: torch.dtype) -> NativeKernels:

@@ -315,7 +315,8 @@ def _check_room(session: Session, device: DeviceSpec, settings: Settings) -> Non
 
 
 def _kv_bytes_per_token(session: Session) -> int:
-    return session.model.spec.kv_bytes_per_token(str(session.model.dtype).removeprefix("torch."))
+    """What a cache of the target takes for a token, hidden states that heads read included."""
+    return session.model.new_cache(1).nbytes
 
 
 def _group_size(session: Session, device: DeviceSpec, settings: Settings) -> int:

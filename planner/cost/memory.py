@@ -1,13 +1,14 @@
 """Bytes that are resident: weights, caches, logits. Exact where tensors are counted, measured where a process is.
 
 The counts equal the runtime's: a full cache of `capacity` slots per stream, a sparse copy of budget + draft_len + 1.
+Without an EAGLE-3 head, no head is loaded and the target's cache keeps no hidden states.
 """
 
 import numpy as np
 
 from planner.measurements import Profile
 from planner.plans import Interval
-from planner.specs import BYTES_PER_ELEMENT, CHUNK_SIZE, CHUNKED, DraftConfig, DrafterSpec, DType, ModelSpec, SparseKV, Weights, Workload
+from planner.specs import BYTES_PER_ELEMENT, CHUNK_SIZE, CHUNKED, DraftConfig, DrafterSpec, DType, HeadSpec, ModelSpec, SparseKV, Weights, Workload
 
 
 def full_cache_bytes(model: ModelSpec, dtype: DType, *, capacity: int, batch: int = 1) -> int:
@@ -18,6 +19,12 @@ def full_cache_bytes(model: ModelSpec, dtype: DType, *, capacity: int, batch: in
 def sparse_cache_bytes(model: ModelSpec, dtype: DType, *, budget: int, draft_len: int, batch: int = 1) -> int:
     """A drafter's copy of what it attends to, with room for the drafts of a round."""
     return full_cache_bytes(model, dtype, capacity=budget + draft_len + 1, batch=batch)
+
+
+def head_bytes(target: ModelSpec, dtype: DType, head: HeadSpec, head_dtype: DType, *, capacity: int, batch: int = 1) -> int:
+    """An EAGLE-3 head, its cache, and the hidden states that the target's cache keeps for it."""
+    features = batch * capacity * head.feature_bytes_per_token(target, dtype)
+    return head.weights_bytes + full_cache_bytes(head.layer, head_dtype, capacity=capacity, batch=batch) + features
 
 
 def matrix_bytes(out: int, width: int, dtype: DType, weights: Weights) -> int:

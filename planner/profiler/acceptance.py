@@ -84,7 +84,7 @@ class Judged(NamedTuple):
 
 @torch.inference_mode()
 def judge(model: Transformer, cache: KVCache, prompt: list[int], output: list[int], sampler: Sampler) -> Judged:
-    """The probability of each token in wide passes, as verification would see it; rewrites the text's keys and values.
+    """The probability of each token in wide passes, as verification would see it; rewrites what the cache holds of the text.
 
     cache  one stream that holds the prompt, with room for the output
     """
@@ -95,7 +95,7 @@ def judge(model: Transformer, cache: KVCache, prompt: list[int], output: list[in
     for first in range(0, T - 1, PREFILL_CHUNK):
         read = tokens[first : min(first + PREFILL_CHUNK, T - 1)]
         positions = torch.arange(L + first, L + first + len(read), device=model.device)[None]
-        hidden = model(read[None], positions, cache).hidden[0]
+        hidden = model(read[None], positions, cache, taps=cache.taps).hidden[0]
         cache.commit([len(read)])
         own_probs.append(probability_of(model.logits(hidden), tokens[first + 1 : first + 1 + len(read)], sampler))
     own_probs = torch.cat(own_probs)

@@ -126,11 +126,8 @@ def side_by_side(model: Transformer, ground: Ground, batch: int) -> Ground:
     """The same prompt in `batch` streams of one cache; a batch of one is the ground itself."""
     if batch == 1:
         return ground
-    length = len(ground.prompt)
     cache = model.new_cache(ground.cache.capacity, batch=batch)
-    for copy, original in ((cache.keys, ground.cache.keys), (cache.values, ground.cache.values)):
-        copy[:, :, :, :length] = original[:, :, :, :length]
-    cache.lengths = [length] * batch
+    cache.take(ground.cache, len(ground.prompt))
     return Ground(ground.prompt, cache, ground.first_logits.expand(batch, -1))
 
 

@@ -92,7 +92,7 @@ def decode(
         uniform = uniforms(generators, draft_len + 1)  # as many whatever is drafted: neighbours must not change what a stream draws
         last = torch.tensor([[history[-1]] for history in histories], device=model.device)
         positions = torch.tensor([[length] for length in cache.lengths], device=model.device) + torch.arange(K + 1, device=model.device)
-        hidden = model(torch.cat([last, draft.tokens], 1), positions, cache).hidden
+        hidden = model(torch.cat([last, draft.tokens], 1), positions, cache, taps=drafter.taps).hidden
         verdict = verify_chain(
             draft.tokens,
             draft.probs,

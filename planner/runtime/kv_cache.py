@@ -3,7 +3,7 @@
 A forward pass writes its new tokens behind each stream's length and does not move it; `commit` does. What was not
 committed is overwritten by the next pass, so rolling back costs nothing.
 
-B  streams     H  KV heads     D  head_dim     n  new tokens of one pass
+B  streams     H  KV heads     D  head_dim     n  new tokens of one pass     C  hidden_size
 """
 
 import torch
@@ -14,12 +14,19 @@ from planner.specs import ModelSpec, SparseKV
 
 
 class KVCache:
-    """Keys (after rotation) and values of B streams, each with a length of its own."""
+    """Keys (after rotation) and values of B streams, each with a length of its own.
 
-    def __init__(self, spec: ModelSpec, *, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    Beside them, for drafters that read hidden states of the target, the output of some layers (`taps`), which passes
+    that are asked for it write, and which is committed and rolled back with the keys.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, *, batch: int, capacity: int, dtype: torch.dtype, device: torch.device, taps: tuple[int, ...] = ()
+    ):  # fmt: skip
         shape = (spec.num_layers, batch, spec.num_kv_heads, capacity, spec.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.taps, self.features = taps, torch.zeros(batch, capacity, len(taps), spec.hidden_size, dtype=dtype, device=device)
         self.lengths = [0] * batch  # committed tokens
 
     @property
@@ -28,7 +35,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + self.values.nbytes + self.features.nbytes
 
     def append(
         self,
@@ -37,17 +44,25 @@ class KVCache:
         values: Tensor,  # [B, H, n, D]
     ) -> tuple[Tensor, Tensor]:  # [B, H, longest + n, D] each
         """Write the new tokens of one layer behind each stream's length; all that this layer may look at."""
-        n = keys.shape[2]
-        end = self.check_room(n)
-        if self._uniform:
-            start = self.lengths[0]
-            self.keys[layer, :, :, start:end] = keys
-            self.values[layer, :, :, start:end] = values
-        else:
-            for stream, start in enumerate(self.lengths):
-                self.keys[layer, stream, :, start : start + n] = keys[stream]
-                self.values[layer, stream, :, start : start + n] = values[stream]
+        end = self.check_room(keys.shape[2])
+        self._write(self.keys[layer], keys)
+        self._write(self.values[layer], values)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def append_features(self, tapped: dict[int, Tensor]) -> None:
+        """Write what is kept of the new tokens' hidden states, by layer [B, n, C], behind each stream's length."""
+        for index, layer in enumerate(self.taps):
+            if layer in tapped:
+                self._write(self.features[:, :, index], tapped[layer])
+
+    def features_at(
+        self,
+        positions: Tensor,  # [B, n]
+        taps: tuple[int, ...],
+    ) -> Tensor:  # [B, n, len(taps) * C]
+        """Hidden states of tokens, those of the layers side by side in the order of `taps`."""
+        stream = torch.arange(len(positions), device=positions.device)[:, None]
+        return torch.cat([self.features[:, :, self.taps.index(layer)][stream, positions] for layer in taps], -1)
 
     def check_room(self, n: int) -> int:
         """Where a pass over n new tokens ends. ValueError if the cache is too small."""
@@ -77,8 +92,26 @@ class KVCache:
         """One stream as a cache of its own that shares the memory."""
         view = object.__new__(KVCache)
         view.keys, view.values = self.keys[:, index : index + 1], self.values[:, index : index + 1]
+        view.taps, view.features = self.taps, self.features[index : index + 1]
         view.lengths = [self.lengths[index]]
         return view
+
+    def take(self, other: "KVCache", length: int) -> None:
+        """Hold, in every stream, the first `length` tokens of another cache's only one."""
+        for own, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            own[:, :, :, :length] = theirs[:, :, :, :length]
+        self.features[:, :length] = other.features[:, :length]
+        self.lengths = [length] * len(self.lengths)
+
+    def _write(self, own: Tensor, new: Tensor) -> None:
+        """own [B, .., capacity, width] takes new [B, .., n, width] behind each stream's length."""
+        n = new.shape[-2]
+        if self._uniform:
+            start = self.lengths[0]
+            own[..., start : start + n, :] = new
+        else:
+            for stream, start in enumerate(self.lengths):
+                own[stream, ..., start : start + n, :] = new[stream]
 
     @property
     def _uniform(self) -> bool:

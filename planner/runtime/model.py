@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from planner.runtime.kernels import Kernels, QueryKernels
 from planner.runtime.kv_cache import KVCache, additive_mask
 from planner.runtime.linear import Linear, Matrix, ReducedHead, frozen, quantized
-from planner.runtime.rope import inverse_frequency, rotation
+from planner.runtime.rope import attention_factor, inverse_frequency, rotation
 from planner.runtime.weights import Checkpoint
-from planner.specs import ModelSpec, Weights, YarnRope
+from planner.specs import ModelSpec, Weights
 
 PREFILL_CHUNK = 512  # tokens of one prefill pass: long enough to keep the matrix units busy, short enough for its mask
 
@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         self.embedding, self.norm, self.head = frozen(embedding), frozen(norm), head
         self.layers = nn.ModuleList(layers)
         self.inverse_frequency = inverse_frequency(spec, norm.device)  # [D/2]
-        self.attention_factor = spec.rope_scaling.attention_factor if isinstance(spec.rope_scaling, YarnRope) else 1.0
+        self.attention_factor = attention_factor(spec)
         self._cheaper: dict[tuple, Transformer] = {}
         self.beside: dict[tuple, nn.Module] = {}  # drafters with a checkpoint of their own, loaded for this target: (path, dtype) -> model
 
@@ -54,12 +54,17 @@ class Transformer(nn.Module):
         return sum(parameter.nbytes for parameter in self.parameters())
 
     @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers whose output caches keep: what the heads beside this model read."""
+        return tuple(sorted({layer for model in self.beside.values() if not isinstance(model, Transformer) for layer in model.taps}))
+
+    @property
     def copies_nbytes(self) -> int:
         """Bytes of the cheaper copies made so far."""
         return sum(self.extra_nbytes(copy) for copy in self._cheaper.values())
 
-    def extra_nbytes(self, copy: "Transformer") -> int:
-        """Bytes that a cheaper copy takes beyond what it shares with this model."""
+    def extra_nbytes(self, copy: nn.Module) -> int:
+        """Bytes that a cheaper copy or a head takes beyond what it shares with this model."""
         shared = {id(parameter) for parameter in self.parameters()}
         return sum(parameter.nbytes for parameter in copy.parameters() if id(parameter) not in shared)
 
@@ -71,8 +76,12 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,  # [1 or B, 1, n, S], added to the scores; None: causal behind each stream's committed tokens
         taps: Collection[int] = (),
     ) -> Output:
-        """Hidden states of the new tokens; writes their keys and values into the cache without committing them."""
-        return Output(*self._run(self.kernels, tokens, positions, cache, mask, taps))
+        """Hidden states of the new tokens; writes their keys and values into the cache without committing them, and of
+        what was tapped that which the cache keeps."""
+        output = Output(*self._run(self.kernels, tokens, positions, cache, mask, taps))
+        if taps:
+            cache.append_features(output.taps)
+        return output
 
     @torch.inference_mode()
     def queries(
@@ -100,8 +109,8 @@ class Transformer(nn.Module):
         return self.head(hidden)
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        """An empty full cache of this model's shape, dtype and device."""
-        return KVCache(self.spec, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
+        """An empty full cache of this model's shape, dtype and device, with room for what heads beside it read."""
+        return KVCache(self.spec, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device, taps=self.taps)
 
     def cheaper(self, weights: Weights, tokens: tuple[int, ...] | None = None) -> "Transformer":
         """This model with quantised matrices and, given tokens, a head that knows only them; made once and kept.
@@ -188,6 +197,6 @@ def prefill(
     for tokens in prompts.split(chunk, dim=1):
         n, start = tokens.shape[1], cache.lengths[0]
         positions = torch.arange(start, start + n, device=prompts.device).expand(B, n)
-        hidden = model(tokens, positions, cache).hidden
+        hidden = model(tokens, positions, cache, taps=cache.taps).hidden
         cache.commit([n] * B)
     return model.logits(hidden[:, -1])

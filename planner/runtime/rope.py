@@ -48,15 +48,20 @@ def inverse_frequency(spec: ModelSpec, device: torch.device) -> Tensor:  # [D/2]
     return plain
 
 
+def attention_factor(spec: ModelSpec) -> float:
+    """What cosines and sines are multiplied by: YaRN's, 1 elsewhere."""
+    return spec.rope_scaling.attention_factor if isinstance(spec.rope_scaling, YarnRope) else 1.0
+
+
 def rotation(
     positions: Tensor,  # [B, n]
     frequency: Tensor,  # [D/2], as inverse_frequency gives it
-    attention_factor: float,  # YaRN's; 1 elsewhere
+    factor: float,  # as attention_factor gives it
 ) -> Rotation:
     angles = positions[..., None].float() * frequency
-    if attention_factor == 1:
+    if factor == 1:
         return Rotation(angles.cos(), angles.sin())
-    return Rotation(angles.cos() * attention_factor, angles.sin() * attention_factor)
+    return Rotation(angles.cos() * factor, angles.sin() * factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

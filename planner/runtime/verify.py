@@ -39,3 +39,12 @@ def verify_chain(
         use_residual = (n < draft_lens) & residual.any(-1)  # p == q up to rounding leaves nothing
         weights = torch.where(use_residual[:, None], residual, weights)
     return Verdict(n, sample(weights, uniform[:, K]))
+
+
+def accept_prob_of(
+    p: Tensor,  # [N] what the target gives to tokens that it wrote
+    q: Tensor,  # [N] what the drafter gives to them
+) -> Tensor:  # [N]
+    """Given that the text says so, the chance that each was drafted and kept: min(1, q / p)."""
+    # p = 0: a top_p or top_k cut that a wide pass puts elsewhere than the narrow one did; the limit of q / p.
+    return torch.where(p > 0, q / p, (q > 0).float()).clamp(max=1.0)

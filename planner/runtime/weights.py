@@ -145,14 +145,14 @@ def _check_tensors(source: Path, spec: ModelSpec, found: dict[str, tuple[int, ..
         raise BadInput(f"{source}: tensor {one_line(extra[0])} is not part of a plain {kind} model, got {len(extra)} such; use a plain {kind} model")
 
 
-def _finite(source: Path, name: str, tensor: Tensor) -> Tensor:
+def finite(source: Path, name: str, tensor: Tensor) -> Tensor:
     """The tensor itself: NaN and infinities, stored or made by a narrow dtype, would only show up as odd text."""
     if not all(math.isfinite(float(end)) for end in tensor.aminmax()):
         raise BadInput(f"{source}: tensor {name} holds values that are not finite in {tensor.dtype}; load it in float32 or bfloat16, or get it again")
     return tensor
 
 
-def _fingerprint(spec: ModelSpec, files: list[tuple[Path, int]]) -> str:
+def fingerprint_of(spec: ModelSpec, files: list[tuple[Path, int]]) -> str:
     """16 hex digits over (file, bytes of its header) pairs, and over what config.json, outside these files, decides."""
     decided = f"{spec.num_heads} {spec.num_kv_heads} {spec.rope_theta!r} {spec.rms_norm_eps!r} {spec.tie_embeddings}"
     if spec.rope_scaling is not None:
@@ -197,8 +197,8 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, overrid
         if spec.tie_embeddings and tied[0] in found and (len({found[name].dtype for name in tied}) > 1 or not torch.equal(*map(read, tied))):
             raise BadInput(f"{folder}: lm_head.weight must equal model.embed_tokens.weight where tie_word_embeddings is true, got other values")
         # copy: pages of a mapped file would be timed as if they were memory
-        tensors = {name: _finite(found[name].file, name, read(name).to(device=device, dtype=dtype, copy=True)) for name, _ in expected_shapes(spec)}
-    return Checkpoint(spec, tensors, _fingerprint(spec, [(file, header_bytes(file)) for file in files]))
+        tensors = {name: finite(found[name].file, name, read(name).to(device=device, dtype=dtype, copy=True)) for name, _ in expected_shapes(spec)}
+    return Checkpoint(spec, tensors, fingerprint_of(spec, [(file, header_bytes(file)) for file in files]))
 
 
 def _fp8_block(config: Fields) -> tuple[int, int] | None:
@@ -252,8 +252,8 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, overrides: 
         tensor = _gguf_tensor(path, gguf.tensors[gguf_name(name)], dtype, device)
         if spec.architecture == "llama" and name.endswith(("self_attn.q_proj.weight", "self_attn.k_proj.weight")):
             tensor = _unpermuted(tensor, spec.head_dim)
-        tensors[name] = _finite(path, name, tensor)
-    return Checkpoint(spec, tensors, _fingerprint(spec, [(path, gguf.header_bytes)]))
+        tensors[name] = finite(path, name, tensor)
+    return Checkpoint(spec, tensors, fingerprint_of(spec, [(path, gguf.header_bytes)]))
 
 
 def _gguf_tensor(path: Path, info: GGUFTensor, dtype: torch.dtype, device: torch.device) -> Tensor:

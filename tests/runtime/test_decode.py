@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tiny import NATIVE, native_kernels, prefilled, random_prompt, tiny_model
+from tiny import HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_head
 
 from planner.runtime import decode as decode_module
 from planner.runtime.decode import cache_capacity, decode
@@ -17,11 +17,13 @@ from planner.runtime.verify import Verdict, verify_chain
 from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, YarnRope
 
 NGRAM, SELF_SPARSE = DrafterSpec(kind="ngram"), DrafterSpec(kind="self_sparse")
+EAGLE3 = DraftConfig(drafter=HEAD, draft_len=3)
 CONFIGS = [
     PLAIN,
     *(DraftConfig(drafter=NGRAM, draft_len=k) for k in (1, 5)),
     *(DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=b, sink=s, recent=r), draft_len=k) for b, s, r, k in ((4, 1, 2, 3), (20, 4, 8, 1), (500, 4, 32, 7))),
     *(DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=b, recent=r, selection="chunk"), draft_len=k) for b, r, k in ((21, 9, 4), (48, 16, 2), (500, 32, 3))),
+    EAGLE3,
 ]  # fmt: skip
 YARN = YarnRope(factor=4.0, original_max_position=32, attention_factor=1.14)
 GREEDY, WARM = Sampler(temperature=0), Sampler(temperature=0.8, top_p=0.9, top_k=20)
@@ -31,6 +33,7 @@ class AdversarialDrafter:
     """Always drafts the same unlikely tokens and claims to be certain of them."""
 
     nbytes = 0
+    taps = ()
 
     def start(self, target_cache, histories):
         pass
@@ -55,8 +58,8 @@ def run(model, prompts, config=PLAIN, drafter=None, sampler=GREEDY, seed=0, new_
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(sharpness=1.5)
+def model(tmp_path_factory):
+    return with_head(tiny_model(sharpness=1.5), tmp_path_factory.mktemp("model") / "head")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -110,7 +113,7 @@ def joint_frequencies(model, config, sampler, drafter=None, runs=4000, batch=100
     """How often each pair (token 2, token 3) was written, given that token 1 is free."""
     one, logits = prefilled(model, [prompt], 60)
     cache = model.new_cache(60, batch=batch)
-    cache.keys[:], cache.values[:] = one.keys, one.values
+    cache.take(one, len(prompt))
     counts = np.zeros((61, 61))
     for run_index in range(runs // batch):
         cache.lengths = [len(prompt)] * batch
@@ -135,8 +138,7 @@ def exact_pairs(model, sampler, prompt=random_prompt(30, seed=3)):
         positions = torch.arange(len(prompt), len(prompt) + tokens.shape[1])[None]
         view_cache, _ = prefilled(model, [prompt], 60)
         big = model.new_cache(60, batch=len(tokens))
-        big.keys[:], big.values[:] = view_cache.keys, view_cache.values
-        big.lengths = [len(prompt)] * len(tokens)
+        big.take(view_cache, len(prompt))
         hidden = model(tokens, positions.expand(len(tokens), -1), big, big.causal_mask(tokens.shape[1])).hidden
         return probabilities(model.logits(hidden[:, -1]), sampler)
 
@@ -158,15 +160,15 @@ def p_value(counts, expected):
 
 
 @pytest.fixture(scope="module")
-def soft_model():
-    return tiny_model(seed=5, sharpness=0.9)
+def soft_model(tmp_path_factory):
+    return with_head(tiny_model(seed=5, sharpness=0.9), tmp_path_factory.mktemp("soft") / "head")
 
 
 SAMPLED = [Sampler(temperature=1.0, top_k=12), WARM]
 
 
 @pytest.mark.parametrize("sampler", SAMPLED, ids=str)
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2], CONFIGS[3], CONFIGS[6]], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2], CONFIGS[3], CONFIGS[6], EAGLE3], ids=str)
 def test_sampled_output_follows_the_target(soft_model, config, sampler):
     assert p_value(joint_frequencies(soft_model, config, sampler), exact_pairs(soft_model, sampler)) > 1e-3
 
@@ -220,8 +222,8 @@ QUANTIZED = [cheaper_drafts(weights, vocab) for weights in ("full", "int8", "int
 
 
 @pytest.fixture(scope="module")
-def native_model():
-    return tiny_model(sharpness=1.5, kernels=native_kernels(torch.float32), **NATIVE)
+def native_model(tmp_path_factory):
+    return with_head(tiny_model(sharpness=1.5, kernels=native_kernels(torch.float32), **NATIVE), tmp_path_factory.mktemp("native") / "head")
 
 
 @pytest.mark.parametrize("weights", ["full", "int8", "int4"])
@@ -231,7 +233,7 @@ def test_greedy_output_of_native_kernels_is_that_of_pytorch(native_model, weight
     assert run(native_model.cheaper(weights), [prompt])[0] == expected
 
 
-@pytest.mark.parametrize("config", [PLAIN, CONFIGS[2], CONFIGS[3], *QUANTIZED], ids=str)
+@pytest.mark.parametrize("config", [PLAIN, CONFIGS[2], CONFIGS[3], EAGLE3, *QUANTIZED], ids=str)
 def test_greedy_output_of_native_kernels_is_plain_greedy_output_for_batches_of_1_to_8(native_model, config):
     prompts = [random_prompt(length, seed=length) for length in (3, 61, 15, 100, 33, 90, 7, 48)]
     plain = [run(native_model, [prompt])[0][0] for prompt in prompts]

@@ -253,3 +253,53 @@ def test_truncating_never_lengthens():
     cache = numbered_cache([6, 9], 20)
     cache.truncate(7)
     assert cache.lengths == [6, 7]
+
+
+# ---- hidden states beside the keys
+
+
+def cache_with_features(lengths, taps=(0, 1)):
+    """The cache's hidden states are 1000 * stream + 100 * tap + position."""
+    cache = KVCache(SPEC, batch=len(lengths), capacity=12, dtype=torch.float32, device=CPU, taps=taps)
+    stream, position, tap = torch.meshgrid(*(torch.arange(n) for n in (len(lengths), 12, len(taps))), indexing="ij")
+    cache.features[:] = (1000 * stream + position + 100 * tap)[..., None]
+    cache.lengths = list(lengths)
+    return cache
+
+
+@pytest.mark.parametrize("lengths", [[4], [4, 4], [4, 0, 2]])
+def test_hidden_states_are_written_behind_each_stream_as_far_as_they_are_kept(lengths):
+    cache = cache_with_features(lengths)
+    before = cache.features.clone()
+    cache.append_features({1: torch.full((len(lengths), 2, SPEC.hidden_size), -1.0), 7: torch.full((len(lengths), 2, SPEC.hidden_size), -2.0)})
+    changed = (cache.features != before).all(-1)
+    expected = [[[tap == 1 and length <= slot < length + 2 for tap in range(2)] for slot in range(12)] for length in lengths]
+    assert changed.tolist() == expected
+    assert (cache.features[changed] == -1).all()
+
+
+def test_hidden_states_are_found_by_stream_position_and_layer():
+    cache = cache_with_features([9, 5], taps=(2, 5))
+    found = cache.features_at(torch.tensor([[0, 8, 3], [4, 1, 2]]), (5, 2))
+    assert found.shape == (2, 3, 2 * SPEC.hidden_size)
+    assert found[:, :, 0].tolist() == [[100, 108, 103], [1104, 1101, 1102]]
+    assert found[:, :, SPEC.hidden_size].tolist() == [[0, 8, 3], [1004, 1001, 1002]]
+
+
+def test_a_stream_shares_its_hidden_states_and_a_copy_has_its_own():
+    cache = cache_with_features([6, 9])
+    view = cache.stream(1)
+    assert view.features.data_ptr() == cache.features[1].data_ptr() and view.taps == cache.taps
+    copies = KVCache(SPEC, batch=3, capacity=10, dtype=torch.float32, device=CPU, taps=(0, 1))
+    view.keys[:], view.values[:] = 5, 6
+    copies.take(view, 7)
+    assert copies.lengths == [7, 7, 7]
+    for b in range(3):
+        assert torch.equal(copies.features[b, :7], view.features[0, :7])
+        assert (copies.keys[:, b, :, :7] == 5).all() and (copies.values[:, b, :, :7] == 6).all()
+    assert not copies.features[:, 7:].any() and not copies.keys[:, :, :, 7:].any()
+
+
+def test_a_cache_that_keeps_hidden_states_counts_them():
+    plain, kept = (KVCache(SPEC, batch=2, capacity=12, dtype=torch.bfloat16, device=CPU, taps=taps) for taps in ((), (0, 1, 3)))
+    assert kept.nbytes - plain.nbytes == 2 * 12 * 3 * SPEC.hidden_size * 2

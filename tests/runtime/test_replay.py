@@ -10,14 +10,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tiny import NATIVE, native_kernels, prefilled, random_prompt, tiny_model
+from tiny import HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_head
 
 from planner.cost.renewal import expected_rounds
 from planner.profiler.acceptance import replay as stored_replay
 from planner.profiler.acceptance import write_texts
 from planner.profiler.texts import Prompt
 from planner.runtime.decode import cache_capacity, decode
-from planner.runtime.drafters import make_drafter, self_sparse
+from planner.runtime.drafters import eagle3, make_drafter, self_sparse
 from planner.runtime.drafters.protocol import TargetText
 from planner.runtime.model import prefill
 from planner.runtime.sampling import probabilities
@@ -42,20 +42,20 @@ def ngram(draft_len=K):
     return DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=draft_len)
 
 
-CONFIGS = [*map(sparse, POLICIES), ngram()]
+EAGLE3 = DraftConfig(drafter=HEAD, draft_len=K)
+CONFIGS = [*map(sparse, POLICIES), ngram(), EAGLE3]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(seed=5, sharpness=1.1)
+def model(tmp_path_factory):
+    return with_head(tiny_model(seed=5, sharpness=1.1), tmp_path_factory.mktemp("model") / "head")
 
 
 def written(model, prompt, sampler, count=1, output_len=T, seed=0, stop_tokens=()) -> list[TargetText]:
     """Continuations of one prompt by plain decoding."""
     one, logits = prefilled(model, [prompt], len(prompt))
     cache = model.new_cache(len(prompt) + output_len, batch=count)
-    cache.keys[:, :, :, : len(prompt)], cache.values[:, :, :, : len(prompt)] = one.keys, one.values
-    cache.lengths = [len(prompt)] * count
+    cache.take(one, len(prompt))
     texts = write_texts(
         model, cache, [Prompt("kind", "source", 0, len(prompt), prompt)] * count, len(prompt), logits.expand(count, -1), sampler,
         output_len=output_len, stop_tokens=stop_tokens, seeds=[seed + b for b in range(count)],
@@ -68,7 +68,8 @@ class Forced:
 
     def __init__(self, monkeypatch):
         self.tokens = []
-        monkeypatch.setattr(self_sparse, "sample", self)
+        for drafters in (self_sparse, eagle3):
+            monkeypatch.setattr(drafters, "sample", self)
 
     def __call__(self, probs, uniform):
         return torch.tensor([self.tokens.pop(0)])
@@ -97,7 +98,8 @@ def judged_by_the_drafter(model, config, text: TargetText, forced: Forced, strid
         count = min(1 if strides is None else int(strides[s]), len(tokens) - 1 - s)
         behind = torch.tensor([tokens[s : s + count]])
         positions = len(text.prompt) + s + torch.arange(count)[None]
-        p += probabilities(model.logits(model(behind, positions, cache, cache.causal_mask(count)).hidden[0]), text.sampler)
+        hidden = model(behind, positions, cache, cache.causal_mask(count), drafter.taps).hidden[0]
+        p += probabilities(model.logits(hidden), text.sampler)
         cache.commit([count])
         history += tokens[s + 1 : s + 1 + count]
         drafter.commit(cache, [history], [count])
@@ -136,7 +138,7 @@ def test_replay_of_a_cheaper_drafter_is_what_it_proposes(drafter, kernels, monke
     assert np.abs(replayed - make_drafter(sparse(POLICIES[1]), model).replay(text, K).accept_prob).max() > 0.02  # unlike the target's own weights
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3], CONFIGS[4], *CONFIGS[9:12]], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3], CONFIGS[4], *CONFIGS[9:12], EAGLE3], ids=str)
 def test_replay_does_not_depend_on_how_many_tokens_the_rounds_before_committed(model, config, monkeypatch):
     (text,) = written(model, random_prompt(75, seed=2), WARM, seed=1)
     replayed = make_drafter(config, model).replay(text, K)
@@ -146,12 +148,13 @@ def test_replay_does_not_depend_on_how_many_tokens_the_rounds_before_committed(m
         np.testing.assert_allclose(replayed.accept_prob[starts], accept_prob[starts], atol=2e-4)
 
 
-@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3]], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3], EAGLE3], ids=str)
 def test_replaying_in_smaller_passes_changes_nothing(model, config, monkeypatch):
     (text,) = written(model, random_prompt(60), WARM)
     whole = make_drafter(config, model).replay(text, K).accept_prob
     for starts in (1, 7):
-        monkeypatch.setattr(self_sparse, "STARTS_PER_PASS", starts)
+        for drafters in (self_sparse, eagle3):
+            monkeypatch.setattr(drafters, "STARTS_PER_PASS", starts)
         np.testing.assert_allclose(make_drafter(config, model).replay(text, K).accept_prob, whole, atol=2e-4)
 
 
@@ -239,7 +242,7 @@ def sampled_texts(model):
     return {sampler: written(model, random_prompt(60, seed=4), sampler, count=TEXTS, output_len=20, seed=10_000) for sampler in (WARM,)}
 
 
-@pytest.mark.parametrize("config", [sparse(POLICIES[0], 3), sparse(POLICIES[1], 4), sparse(POLICIES[3], 2), ngram(3)], ids=str)
+@pytest.mark.parametrize("config", [sparse(POLICIES[0], 3), sparse(POLICIES[1], 4), sparse(POLICIES[3], 2), ngram(3), EAGLE3], ids=str)
 def test_sampled_rounds_are_those_of_the_decode_loop_on_average(model, sampled_texts, config):
     walk = walked(model, sampled_texts[WARM], config)
     _, drafted = decoded_rounds(model, random_prompt(60, seed=4), config, WARM, count=TEXTS, output_len=20)

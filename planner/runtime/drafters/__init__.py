@@ -1,6 +1,7 @@
 """Drafters by kind."""
 
 from planner.errors import BadInput
+from planner.runtime.drafters.eagle3 import EagleDrafter
 from planner.runtime.drafters.ngram import NgramDrafter
 from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import Drafter
@@ -19,6 +20,9 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
         case "self_sparse":
             drafter = drafting_model(config.drafter, model)
             return SelfSparseDrafter(drafter, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(drafter))
+        case "eagle3":
+            head = model.beside[config.drafter.path, config.drafter.dtype]
+            return EagleDrafter(head, draft_len=config.draft_len, weights_bytes=model.extra_nbytes(head))
 
 
 def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer:

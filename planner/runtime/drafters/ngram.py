@@ -16,6 +16,7 @@ MAX_NGRAM, MIN_NGRAM = 4, 2
 
 class NgramDrafter:
     nbytes = 0  # the index is a few kilobytes of host memory
+    taps = ()
 
     def __init__(self, vocab_size: int, device: torch.device):
         self.vocab_size, self.device = vocab_size, device

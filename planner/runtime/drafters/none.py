@@ -9,6 +9,7 @@ from planner.specs import Sampler
 
 class NoDrafter:
     nbytes = 0
+    taps = ()
 
     def __init__(self, vocab_size: int, device: torch.device):
         self.vocab_size, self.device = vocab_size, device

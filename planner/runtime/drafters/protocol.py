@@ -42,6 +42,8 @@ class Replay(NamedTuple):
 
 
 class Drafter(Protocol):
+    taps: tuple[int, ...]  # layers of the target whose output for committed tokens it reads from the target's cache
+
     @property
     def nbytes(self) -> int:
         """Bytes resident beyond the target's: caches and weights of its own."""

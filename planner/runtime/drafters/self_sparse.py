@@ -14,6 +14,7 @@ from planner.runtime.drafters.protocol import Draft, Replay, TargetText
 from planner.runtime.kv_cache import KVCache, SparseKVCache, additive_mask
 from planner.runtime.model import Transformer
 from planner.runtime.sampling import probabilities, probability_of, sample, uniforms
+from planner.runtime.verify import accept_prob_of
 from planner.specs import Sampler, SparseKV
 
 STARTS_PER_PASS = 64  # rounds replayed in one forward pass: bounds its mask and its logits
@@ -25,6 +26,8 @@ def queries_of(model: Transformer, history: list[int], cache: KVCache, stream: i
 
 
 class SelfSparseDrafter:
+    taps = ()
+
     def __init__(self, model: Transformer, policy: SparseKV, *, draft_len: int, batch: int, weights_bytes: int = 0):
         """`model` is the target or a cheaper copy of it, which has weights_bytes of its own."""
         self.model, self.policy, self.draft_len, self._weights_bytes = model, policy, draft_len, weights_bytes
@@ -88,9 +91,7 @@ class SelfSparseDrafter:
                 cache, mask = self._rounds(text.cache, fixed, committed, K)
                 hidden = self.model(tokens[reads][None], (L + reads)[None], cache, mask).hidden[0]
                 q = probability_of(self.model.logits(hidden), tokens[judged_on], text.sampler)
-                p = text.token_probs[judged_on - 1]
-                # p = 0: a top_p or top_k cut that the wide pass puts elsewhere than the narrow one did; the limit of q / p.
-                w = torch.where(p > 0, q / p, (q > 0).float()).clamp(max=1.0) * inside
+                w = accept_prob_of(text.token_probs[judged_on - 1], q) * inside
                 accept_prob[starts.cpu()] = w.view(-1, K).cpu().numpy()
         return Replay(accept_prob, np.full(T - 1, K))
 
