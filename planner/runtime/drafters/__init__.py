@@ -1,6 +1,7 @@
 """Drafters by kind."""
 
 from planner.errors import BadInput
+from planner.runtime.drafters.draft_model import DraftModelDrafter
 from planner.runtime.drafters.ngram import NgramDrafter
 from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import Drafter
@@ -19,10 +20,17 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
         case "self_sparse":
             drafter = drafting_model(config.drafter, model)
             return SelfSparseDrafter(drafter, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(drafter))
+        case "draft_model":
+            return DraftModelDrafter(drafting_model(config.drafter, model), config.kv, model.spec.vocab_size, draft_len=config.draft_len, batch=batch)
 
 
 def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer:
-    """The target, or the cheaper copy of it that a self_sparse drafter runs. BadInput for a vocabulary that cannot be."""
+    """The model that a drafter runs: the one loaded beside the target, or the target or a cheaper copy of it.
+
+    BadInput for a vocabulary that cannot be.
+    """
+    if drafter.kind == "draft_model":
+        return model.beside[drafter.path, drafter.dtype].cheaper(drafter.weights)
     if drafter.vocab is None:
         return model.cheaper(drafter.weights)
     return model.cheaper(drafter.weights, frequent_tokens(model, drafter.vocab))

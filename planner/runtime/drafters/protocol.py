@@ -41,6 +41,14 @@ class Replay(NamedTuple):
     drafted: np.ndarray  # [T-1] int: tokens that round drafts, at most K
 
 
+def acceptance(q: Tensor, p: Tensor) -> Tensor:
+    """min(1, q / p): the chance that a draft which the text confirms was accepted.
+
+    p = 0: a top_p or top_k cut that the wide pass puts elsewhere than the narrow one did; the limit of q / p.
+    """
+    return torch.where(p > 0, q / p, (q > 0).float()).clamp(max=1.0)
+
+
 class Drafter(Protocol):
     @property
     def nbytes(self) -> int:

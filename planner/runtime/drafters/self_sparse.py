@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from planner.runtime import kv_select
-from planner.runtime.drafters.protocol import Draft, Replay, TargetText
+from planner.runtime.drafters.protocol import Draft, Replay, TargetText, acceptance
 from planner.runtime.kv_cache import KVCache, SparseKVCache, additive_mask
 from planner.runtime.model import Transformer
 from planner.runtime.sampling import probabilities, probability_of, sample, uniforms
@@ -38,7 +38,7 @@ class SelfSparseDrafter:
     def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
         self._context_lens = list(target_cache.lengths)
         for b, history in enumerate(histories):
-            self.cache.select(target_cache, b, self._context_lens[b], queries_of(self.model, history, target_cache, b, self._context_lens[b]))
+            self.cache.select(target_cache.stream(b), b, self._context_lens[b], queries_of(self.model, history, target_cache, b, self._context_lens[b]))
 
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
         B, K = len(histories), max(draft_lens)
@@ -64,9 +64,9 @@ class SelfSparseDrafter:
             length = target_cache.lengths[b]
             chosen_at = self.policy.chosen_at(context_len, length)
             if chosen_at > length - count:
-                self.cache.select(target_cache, b, chosen_at, queries_of(self.model, histories[b], target_cache, b, chosen_at))
+                self.cache.select(target_cache.stream(b), b, chosen_at, queries_of(self.model, histories[b], target_cache, b, chosen_at))
             else:
-                self.cache.slide(target_cache, b, count)
+                self.cache.slide(target_cache.stream(b), b, count)
 
     @torch.inference_mode()
     def replay(self, text: TargetText, draft_len: int) -> Replay:
@@ -88,9 +88,7 @@ class SelfSparseDrafter:
                 cache, mask = self._rounds(text.cache, fixed, committed, K)
                 hidden = self.model(tokens[reads][None], (L + reads)[None], cache, mask).hidden[0]
                 q = probability_of(self.model.logits(hidden), tokens[judged_on], text.sampler)
-                p = text.token_probs[judged_on - 1]
-                # p = 0: a top_p or top_k cut that the wide pass puts elsewhere than the narrow one did; the limit of q / p.
-                w = torch.where(p > 0, q / p, (q > 0).float()).clamp(max=1.0) * inside
+                w = acceptance(q, text.token_probs[judged_on - 1]) * inside
                 accept_prob[starts.cpu()] = w.view(-1, K).cpu().numpy()
         return Replay(accept_prob, np.full(T - 1, K))
 
