@@ -72,6 +72,16 @@ class AcceptanceSample(Spec, kw_only=True):
     drafted: Packed  # [starts]: tokens drafted by a round behind that token
 
 
+class DrafterModel(Spec, kw_only=True):
+    """What a drafter with a checkpoint of its own ran."""
+
+    drafter: DrafterSpec
+    spec: ModelSpec
+    fingerprint: Name
+    weights_bytes: Size
+    dtype: DType  # of weights and cache
+
+
 class RoundSample(Spec, kw_only=True):
     """Whole rounds of one configuration, timed in place: each list has one entry per round, in the order they ran.
 
@@ -151,6 +161,7 @@ class Profile(Spec, kw_only=True):
     dtype: DType
     execution_mode: Name
     weights: Weights = "full"  # of the target
+    drafter_models: list[DrafterModel] = []
     device: DeviceSpec
     environment: Environment
     seed: int

@@ -198,6 +198,11 @@ class DrafterSpec(Spec, kw_only=True):
             raise ValueError(f"a vocab goes with drafter self_sparse and with no other, got drafter {self.kind}")
 
 
+def usual_storage(kind: str, refresh: int | None) -> Storage:
+    """What becomes of a drafter's keys where nobody said: those that nothing would read again are dropped."""
+    return "evict" if kind == "draft_model" and refresh is None else "retain"
+
+
 LOADED = ("draft_model", "eagle3")  # drafters with a checkpoint of their own
 CACHED = ("self_sparse", "draft_model")  # drafters whose cache may be sparse
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import msgspec
 
 import planner
+from planner.commands.plan import kv_choices, valid
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, open_session
+from planner.commands.session import Session, check_drafters, drafter_models, load_drafters, longest_context, open_session
 from planner.errors import BadInput
 from planner.files import Journal, journal_path
-from planner.measurements import fingerprint
+from planner.measurements import DrafterModel, fingerprint
 from planner.plans import Check, CheckCell, Estimate, Interval, Plan, Sweep, SweepCell, Trial, load_plan, mean_round_s, tokens_per_round
-from planner.specs import PLAIN, DraftConfig, Execution, Weights, Workload, checked, describe
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, Execution, SparseKV, Weights, Workload, checked, describe
 
 TOLERANCE = 0.05  # a check passes unless the choice is shown to be worse than this
 MACHINE_SHIFT = 0.05  # of plain decoding against the profile, beyond which absolute times say little
@@ -53,11 +54,15 @@ def run_check(
         raise BadInput(
             f"a plan is checked on the model it was made for ({plan.target_fingerprint}), this one is {session.model.fingerprint}; profile this model"
         )
+    arms = _arms(plan)
+    drafters = [config.drafter for config in arms]
+    load_drafters(session, drafters)
+    check_drafters(session, [own for own in plan.drafter_models if own.drafter in drafters])
     if num_texts < 2:
         raise BadInput(f"a paired comparison needs at least 2 texts, got {num_texts}; raise --texts")
     began = time.perf_counter()
     environment = read_environment(session.model.device)
-    workload, arms = plan.workload, _arms(plan)
+    workload = plan.workload
     num_texts, more = _whole_groups(num_texts, workload.batch), _whole_groups(EPSILON_TEXTS, workload.batch)
     total = num_texts if epsilon is None else max(num_texts, _whole_groups(MAX_EPSILON_TEXTS, workload.batch))
     files = expand(list(dataset))
@@ -120,15 +125,19 @@ def sweep(
     began = time.perf_counter()
     workload = checked(workload)
     session = open_session(model, dtype=dtype, device=device, execution=execution, weights=weights)
-    limit = session.model.spec.max_context_len
-    if workload.context_len + workload.output_len > limit:
-        raise BadInput(f"context + output must fit the model's {limit} tokens, got {workload.context_len} + {workload.output_len}; shorten one")
-    environment = read_environment(session.model.device)
     arms = list(dict.fromkeys([PLAIN, *configs]))
+    drafters = [config.drafter for config in arms]
+    load_drafters(session, drafters)
+    limit = longest_context(session, drafters)
+    if workload.context_len + workload.output_len > limit:
+        raise BadInput(
+            f"context + output must fit the {limit} tokens of the model and its drafters, got {workload.context_len} + {workload.output_len}; shorten one"
+        )
+    environment = read_environment(session.model.device)
     count = _whole_groups(num_texts, workload.batch)
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=count, seed=seed)
     header = _SweepRun(
-        planner=planner.__version__, fingerprint=session.model.fingerprint, device=describe_device(session.model.device).name, dtype=dtype,
+        planner=planner.__version__, fingerprint=session.model.fingerprint, drafters=drafter_models(session, drafters), device=describe_device(session.model.device).name, dtype=dtype,
         execution=session.model.kernels.execution,
         workload=workload, seed=seed, texts=[prompt.key for prompt in prompts],
     )  # fmt: skip
@@ -160,26 +169,10 @@ def sweep(
     return _sweep_report(model, workload, arms, trials, environment, warnings, minutes)
 
 
-def grid(
-    policies: Sequence, draft_lens: Sequence[int], drafters: Sequence[str], weights: Sequence[Weights] = ("full",), vocabs: Sequence[int | None] = (None,)
-) -> list[DraftConfig]:  # fmt: skip
-    """Every combination: self_sparse with all weights and vocabularies at every policy and length, the others at every length."""
-    from planner.commands.plan import make_config
-
-    configs = []
-    for drafter in drafters:
-        kvs = policies if drafter == "self_sparse" else [None]
-        for kv in kvs:
-            for draft_len in [0] if drafter == "none" else draft_lens:
-                if kv is None:
-                    configs.append(make_config(drafter, None, None, draft_len))
-                else:
-                    configs += [
-                        make_config(drafter, kv.budget, kv.selection, draft_len, sink=kv.sink, recent=kv.recent, weights=bits, vocab=vocab)
-                        for bits in weights
-                        for vocab in vocabs
-                    ]
-    return configs
+def grid(drafters: Sequence[DrafterSpec], policies: Sequence[SparseKV], draft_lens: Sequence[int]) -> list[DraftConfig]:
+    """Every combination: drafters with all policies that they can be run with, at every length."""
+    asked = [(drafter, kv) for drafter in drafters if drafter.kind != "none" for kv in kv_choices(drafter, policies)]
+    return [valid(DraftConfig, drafter=drafter, kv=kv, draft_len=draft_len) for drafter, kv in asked for draft_len in draft_lens]
 
 
 class _SweepRun(msgspec.Struct, kw_only=True):
@@ -187,6 +180,7 @@ class _SweepRun(msgspec.Struct, kw_only=True):
 
     planner: str
     fingerprint: str
+    drafters: list[DrafterModel]
     device: str
     dtype: str
     execution: str

@@ -39,7 +39,9 @@ class Transformer(nn.Module):
         exponent = torch.arange(0, spec.head_dim, 2, device=norm.device, dtype=torch.float32) / spec.head_dim
         self.inverse_frequency = 1.0 / spec.rope_theta**exponent  # [D/2]
         self._cheaper: dict[tuple, Transformer] = {}
-        self.beside: dict[tuple, nn.Module] = {}  # drafters with a checkpoint of their own, loaded for this target: (path, dtype) -> model
+        self.beside: dict[
+            tuple, nn.Module
+        ] = {}  # drafters with a checkpoint of their own, loaded for this target: (path, dtype), as DrafterSpec has them
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +123,8 @@ class Transformer(nn.Module):
             elif weights != "full":
                 head = quantized(head, weights)
             layers = [layer.quantized(weights) for layer in self.layers]
-            fingerprint = self.fingerprint if weights == "full" else f"{self.fingerprint}-{weights}"
+            same = weights == "full" or self.fingerprint.endswith(f"-{weights}")
+            fingerprint = self.fingerprint if same else f"{self.fingerprint}-{weights}"
             self._cheaper[weights, tokens] = Transformer(
                 self.spec, fingerprint, self.embedding, self.norm, head, layers, self.kernels, self.special_tokens
             )

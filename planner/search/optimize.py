@@ -11,7 +11,7 @@ from planner.errors import BadInput
 from planner.measurements import Profile
 from planner.plans import Interval, Objective, Plan, Rejected, Tie
 from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict, refusal, text_share, with_speedup
-from planner.specs import PLAIN, DraftConfig, SparseKV, Workload
+from planner.specs import PLAIN, DraftConfig, SparseKV, Workload, usual_storage
 
 NUM_RUNNERS_UP = 3
 MAX_TIES = 5
@@ -51,6 +51,7 @@ def make_plan(profile: Profile, profile_sha256: str, workload: Workload, *, obje
         profile_sha256=profile_sha256,
         model=profile.model,
         target_fingerprint=profile.target_fingerprint,
+        drafter_models=profile.drafter_models,
         device=profile.device.name,
         dtype=profile.dtype,
         execution_mode=profile.execution_mode,
@@ -125,6 +126,8 @@ def command(profile: Profile, config: DraftConfig, workload: Workload) -> str:
     words = ["planner generate", f"--model {shlex.quote(profile.model)}"]
     words += [f"--dtype {profile.dtype}"] * (profile.dtype != "bfloat16") + [f"--weights {profile.weights}"] * (profile.weights != "full")
     words += [f"--execution {profile.execution_mode}"] * (profile.execution_mode != usual_execution) + [f"--drafter {config.drafter.kind}"]
+    words += [f"--draft-model {shlex.quote(config.drafter.path)}"] if config.drafter.path else []
+    words += [f"--draft-dtype {config.drafter.dtype}"] * (config.drafter.dtype is not None)
     words += [f"--drafter-weights {config.drafter.weights}"] * (config.drafter.weights != "full")
     words += [f"--drafter-vocab {config.drafter.vocab}"] * (config.drafter.vocab is not None)
     if isinstance(config.kv, SparseKV):
@@ -133,6 +136,8 @@ def command(profile: Profile, config: DraftConfig, workload: Workload) -> str:
         words += [f"--sink {config.kv.sink}"] * (config.kv.sink != default.sink) + [f"--recent {config.kv.recent}"] * (
             config.kv.recent != default.recent
         )
+        words += [f"--refresh {config.kv.refresh}"] * (config.kv.refresh is not None)
+        words += [f"--storage {config.kv.storage}"] * (config.kv.storage != usual_storage(config.drafter.kind, config.kv.refresh))
     if config.draft_len:
         words += [f"--draft-len {config.draft_len}"]
     sampler = workload.sampler

@@ -7,7 +7,7 @@ from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import Drafter
 from planner.runtime.drafters.self_sparse import SelfSparseDrafter
 from planner.runtime.model import Transformer
-from planner.specs import DraftConfig, DrafterSpec
+from planner.specs import LOADED, DraftConfig, DrafterSpec
 
 
 def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> Drafter:
@@ -29,7 +29,7 @@ def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer:
 
     BadInput for a vocabulary that cannot be.
     """
-    if drafter.kind == "draft_model":
+    if drafter.kind in LOADED:
         return model.beside[drafter.path, drafter.dtype].cheaper(drafter.weights)
     if drafter.vocab is None:
         return model.cheaper(drafter.weights)

@@ -38,7 +38,9 @@ class SelfSparseDrafter:
     def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
         self._context_lens = list(target_cache.lengths)
         for b, history in enumerate(histories):
-            self.cache.select(target_cache.stream(b), b, self._context_lens[b], queries_of(self.model, history, target_cache, b, self._context_lens[b]))
+            self.cache.select(
+                target_cache.stream(b), b, self._context_lens[b], queries_of(self.model, history, target_cache, b, self._context_lens[b])
+            )
 
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
         B, K = len(histories), max(draft_lens)
