@@ -36,7 +36,7 @@ def joint_frequencies(model, config, sampler, drafter=None, runs=4000, batch=100
         cache.lengths = [len(prompt)] * batch
         rounds = decode(
             model, cache, [prompt] * batch, logits.expand(batch, -1), drafter or make_drafter(config, model, batch=batch),
-            draft_len=max(config.draft_len, 2), sampler=sampler, max_new_tokens=4,
+            draft_len=config.draft_len or 2, sampler=sampler, max_new_tokens=4,
             generators=[torch.Generator().manual_seed(run_index * batch + b) for b in range(batch)],
         )  # fmt: skip
         texts = list(zip(*([row for row in r.tokens] for r in rounds)))

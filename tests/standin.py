@@ -25,7 +25,7 @@ from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import Draft
 from planner.runtime.graphs import GraphKernels
 from planner.runtime.kernels import Kernels
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV
 
 STANDIN = "standin:0"
 READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2"}  # bring a value, or the shape of a result, to the host
@@ -136,6 +136,11 @@ CONFIGS = {
     "ngram": DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=DRAFT_LEN),
     "window": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=20, sink=4, recent=8), draft_len=DRAFT_LEN),
     "chunk": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=21, recent=9, selection="chunk"), draft_len=DRAFT_LEN),
+    "snapkv": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=40, selection="snapkv"), draft_len=DRAFT_LEN),
+    "retrieval": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=21, recent=9, selection="retrieval", refresh=4), draft_len=DRAFT_LEN),
+    "draft model": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=FullKV(), draft_len=DRAFT_LEN),
+    "draft model, window": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, storage="evict"), draft_len=DRAFT_LEN),
+    "draft model, retrieval": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, selection="retrieval", refresh=4), draft_len=DRAFT_LEN),
 }  # fmt: skip
 RUNS = [(config, "greedy", [50]) for config in CONFIGS] + [(config, "warm", [70, 33, 51]) for config in CONFIGS]
 
@@ -151,13 +156,19 @@ class ForgetsTheDevice(NoDrafter):
 class ReadsTwice(NoDrafter):
     """Wrong: looks at a value on the device in every round."""
 
-    def commit(self, target_cache, counts):
+    def commit(self, target_cache, histories, counts):
         float(target_cache.keys[0, 0, 0, 0, 0])
+
+
+def with_drafter(model, sharpness: float):
+    """The target with its first layer beside it, which agrees with it now and then."""
+    model.beside["one layer", None] = tiny_model(sharpness=sharpness, device=str(model.device), kernels=model.kernels, num_layers=1)
+    return model
 
 
 def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sampler, drafter_class=None, kernels: Kernels | None = None) -> dict:
     """Texts of a decoding run, and the host reads of each round, the first token's included."""
-    model = tiny_model(sharpness=1.5, device=device, kernels=kernels)
+    model = with_drafter(tiny_model(sharpness=1.5, device=device, kernels=kernels), 1.5)
     prompts = [random_prompt(length, seed=length) for length in lengths]
     cache, logits = prefilled(model, prompts, cache_capacity(max(lengths), NEW_TOKENS, DRAFT_LEN))
     drafter = drafter_class(61, model.device) if drafter_class else make_drafter(config, model, batch=len(prompts))
@@ -184,7 +195,7 @@ def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sam
 
 def replay_of(device: str, config: DraftConfig, sampler: Sampler) -> dict:
     """Acceptance along two texts that the target wrote."""
-    model = tiny_model(sharpness=1.1, device=device)
+    model = with_drafter(tiny_model(sharpness=1.1, device=device), 1.1)
     prompt = random_prompt(50)
     cache, logits = prefilled(model, [prompt, prompt], 50 + NEW_TOKENS)
     on_cpu.clear()

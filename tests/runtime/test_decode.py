@@ -1,6 +1,5 @@
 """What the loop promises whatever the drafter: wrong rules and adversarial drafts are caught, native and quantised kernels are lossless too."""
 
-
 import pytest
 import torch
 from decoding import exact_pairs, joint_frequencies, p_value, run
@@ -35,7 +34,7 @@ class AdversarialDrafter:
         tokens = torch.full((len(histories), max(draft_lens)), 7)
         return Draft(tokens, torch.zeros(*tokens.shape, 61).scatter_(-1, tokens[..., None], 1.0), draft_lens)
 
-    def commit(self, target_cache, counts):
+    def commit(self, target_cache, histories, counts):
         pass
 
 
