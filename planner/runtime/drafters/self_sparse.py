@@ -91,7 +91,7 @@ class SelfSparseDrafter:
                 hidden = self.model(tokens[reads][None], (L + reads)[None], cache, mask).hidden[0]
                 q = probability_of(self.model.logits(hidden), tokens[judged_on], text.sampler)
                 w = acceptance(q, text.token_probs[judged_on - 1]) * inside
-                accept_prob[starts.cpu()] = w.view(-1, K).cpu().numpy()
+                accept_prob[starts.tolist()] = w.view(-1, K).cpu().numpy()
         return Replay(accept_prob, np.full(T - 1, K))
 
     def _rounds(
