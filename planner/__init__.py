@@ -11,6 +11,7 @@ _WHERE = {
     "profile": "planner.commands.profile",
     "plan": "planner.commands.plan",
     "estimate": "planner.commands.plan",
+    "Asked": "planner.commands.flags",
     "check": "planner.commands.check",
     "sweep": "planner.commands.check",
     "replay": "planner.commands.replay",

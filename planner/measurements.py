@@ -72,6 +72,17 @@ class AcceptanceSample(Spec, kw_only=True):
     drafted: Packed  # [starts]: tokens drafted by a round behind that token
 
 
+class DrafterModel(Spec, kw_only=True):
+    """What a drafter with a checkpoint of its own ran."""
+
+    drafter: DrafterSpec
+    spec: ModelSpec
+    fingerprint: Name
+    weights_bytes: Size  # beyond what it shares with the target
+    dtype: DType  # of weights and cache
+    taps: list[Natural] = []  # layers of the target whose hidden states its cache keeps for an EAGLE-3 head
+
+
 class RoundSample(Spec, kw_only=True):
     """Whole rounds of one configuration, timed in place: each list has one entry per round, in the order they ran.
 
@@ -174,6 +185,7 @@ class Profile(Spec, kw_only=True):
     tensor_parallel: Count = 1  # devices that share the target; every size in bytes is that of one of them
     rope_theta: Positive | None = None  # as the user gave it; what the checkpoint says otherwise, and `target` in either case
     max_context_len: Count | None = None  # likewise
+    drafter_models: list[DrafterModel] = []
     device: DeviceSpec
     environment: Environment
     seed: int

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Meta
 
 from planner.files import read_bytes, write_whole
-from planner.measurements import Environment, Name, Natural, Seconds, decode_checked, encode
+from planner.measurements import DrafterModel, Environment, Name, Natural, Seconds, decode_checked, encode
 from planner.specs import Count, DraftConfig, Objective, Positive, Price, Size, Spec, Weights, Workload
 
 PLAN_SCHEMA_VERSION = 1
@@ -79,6 +79,7 @@ class Plan(Spec, kw_only=True):
     profile_sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
     model: Name
     target_fingerprint: Name
+    drafter_models: list[DrafterModel] = []
     device: Name
     dtype: Name
     execution_mode: Name = "eager"

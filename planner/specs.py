@@ -172,18 +172,6 @@ class ModelSpec(Spec, kw_only=True):
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * BYTES_PER_ELEMENT[dtype]
 
 
-class HeadSpec(Spec, kw_only=True):
-    """Shape of an EAGLE-3 head, which drafts from hidden states of its target."""
-
-    layer: ModelSpec  # its one layer, whose cache it has; vocab_size counts the tokens that it knows
-    taps: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]  # layers of the target whose output it reads
-    weights_bytes: Size  # beyond what it shares with the target
-
-    def feature_bytes_per_token(self, target: ModelSpec, dtype: DType) -> int:
-        """Hidden states of one token that the target's cache, in its dtype, keeps for the head."""
-        return len(self.taps) * target.hidden_size * BYTES_PER_ELEMENT[dtype]
-
-
 class DeviceSpec(Spec, kw_only=True):
     """The device something ran on."""
 
@@ -305,6 +293,11 @@ class DrafterSpec(Spec, kw_only=True):
             raise ValueError(f"weights go with drafters self_sparse and draft_model and with no other, got drafter {self.kind}")
         if self.kind != "self_sparse" and self.vocab is not None:
             raise ValueError(f"a vocab goes with drafter self_sparse and with no other, got drafter {self.kind}")
+
+
+def usual_storage(kind: str, refresh: int | None) -> Storage:
+    """What becomes of a drafter's keys where nobody said: those that nothing would read again are dropped."""
+    return "evict" if kind == "draft_model" and refresh is None else "retain"
 
 
 LOADED = ("draft_model", "eagle3")  # drafters with a checkpoint of their own

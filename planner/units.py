@@ -47,6 +47,11 @@ def parse_numbers(text: str, kind: type, name: str) -> list:
     return list(dict.fromkeys(values))
 
 
+def words(text: str) -> list[str]:
+    """The comma-separated words of a flag."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def format_bytes(size: float) -> str:
     """A size for people, in GiB from 0.1 GiB up, else in MiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -5,10 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from tiny import tiny_spec
 
-from planner.measurements import AcceptanceSample, EnergySample, Environment, MemorySample, Packed, PrefillSample, Profile, RoundSample, Text
-from planner.specs import NO_DRAFTER, DeviceSpec, DrafterSpec, FullKV, KVPolicy, Sampler, SparseKV
+from planner.measurements import (
+    AcceptanceSample,
+    DrafterModel,
+    EnergySample,
+    Environment,
+    MemorySample,
+    Packed,
+    PrefillSample,
+    Profile,
+    RoundSample,
+    Text,
+)
+from planner.specs import LOADED, NO_DRAFTER, DeviceSpec, DrafterSpec, FullKV, KVPolicy, Sampler, SparseKV
 
 SELF_SPARSE, NGRAM = DrafterSpec(kind="self_sparse"), DrafterSpec(kind="ngram")
+DRAFT_MODEL = DrafterSpec(kind="draft_model", path="folders/a small one")
 GREEDY, WARM = Sampler(), Sampler(temperature=1.0)
 FIFTH = 51 / 255  # multiples of it survive storage as round(255 p) exactly
 
@@ -91,6 +103,8 @@ def made_profile(
     ]  # fmt: skip
     rounds.append(timed(NO_DRAFTER, FullKV(), 0, contexts[0], min(laws), role="drift"))
     spec = tiny_spec()
+    small = tiny_spec(num_layers=1)
+    own = [drafter for drafter in dict.fromkeys(drafter for drafter, _ in drafters) if drafter.kind in LOADED]
     fields = dict(  # noqa: C408 - keywords read better
         model="tiny", target=spec, target_fingerprint="0" * 16, weights_bytes=spec.num_parameters * 4, dtype="float32", execution_mode="eager",
         device=DeviceSpec(kind="cpu", name="made", memory_bytes=8 * 2**30, num_cores=2),
@@ -98,6 +112,10 @@ def made_profile(
             date="2026-01-01T00:00:00Z", planner_version="0.1.0", python="3.11", torch="2.9", platform="Linux", num_threads=2, busy_share=0.0,
             load_1min=0.1,
         ),
+        drafter_models=[
+            DrafterModel(drafter=drafter, spec=small, fingerprint="1" * 16, weights_bytes=small.num_parameters * 4, dtype=drafter.dtype or "float32")
+            for drafter in own
+        ],
         seed=0, contexts=list(contexts), samplers=list(samplers), max_draft_len=max_draft_len, texts=texts, acceptance=acceptance, rounds=rounds,
         prefill=[PrefillSample(context_len=context_len, seconds=[1e-4 * context_len] * 3) for context_len in contexts],
         memory=[MemorySample(context_len=context_len, known_bytes=2**20,

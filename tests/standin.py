@@ -27,7 +27,7 @@ from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import Draft
 from planner.runtime.graphs import GraphKernels
 from planner.runtime.kernels import Kernels
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV
 
 STANDIN = "standin:0"
 READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2"}  # bring a value, or the shape of a result, to the host
@@ -139,6 +139,11 @@ CONFIGS = {
     "window": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=20, sink=4, recent=8), draft_len=DRAFT_LEN),
     "chunk": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=21, recent=9, selection="chunk"), draft_len=DRAFT_LEN),
     "eagle3": DraftConfig(drafter=HEAD, draft_len=DRAFT_LEN),
+    "snapkv": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=40, selection="snapkv"), draft_len=DRAFT_LEN),
+    "retrieval": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=21, recent=9, selection="retrieval", refresh=4), draft_len=DRAFT_LEN),
+    "draft model": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=FullKV(), draft_len=DRAFT_LEN),
+    "draft model, window": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, storage="evict"), draft_len=DRAFT_LEN),
+    "draft model, retrieval": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, selection="retrieval", refresh=4), draft_len=DRAFT_LEN),
 }  # fmt: skip
 RUNS = [(config, "greedy", [50]) for config in CONFIGS] + [(config, "warm", [70, 33, 51]) for config in CONFIGS]
 
@@ -158,9 +163,10 @@ class ReadsTwice(NoDrafter):
         float(target_cache.keys[0, 0, 0, 0, 0])
 
 
-def standin_model(config: DraftConfig, **options):
-    """The target, with a head beside it where one is to draft."""
-    model = tiny_model(**options)
+def standin_model(config: DraftConfig, sharpness: float, **options):
+    """The target, with its first layer beside it, which agrees with it now and then, and a head where one is to draft."""
+    model = tiny_model(sharpness=sharpness, **options)
+    model.beside["one layer", None] = tiny_model(sharpness=sharpness, device=str(model.device), kernels=model.kernels, num_layers=1)
     if config.drafter != HEAD:
         return model
     with tempfile.TemporaryDirectory() as folder:

@@ -239,7 +239,7 @@ BAD = {
     "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 64 --draft-len 99999999999999999999": "",
     "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 4096 --draft-len 1": "covers kv budgets",
     "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 99999999999999999999999 --draft-len 1": "",
-    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 64 --draft-len 1 --selection best": "window or chunk",
+    "estimate {good} --isl 1024 --drafter self_sparse --kv-budget 64 --draft-len 1 --selection best": "window, chunk, snapkv or retrieval",
     "estimate {good} --isl 1024 --drafter eagle --draft-len 1": "a drafter is",
     "estimate {good} --isl 1024 --drafter ngram --draft-len 1 --kv-budget 64": "self_sparse",
     "generate --drafter none": "--prompt",

@@ -6,11 +6,13 @@ import sys
 import pytest
 import torch
 from made import GREEDY, NGRAM, SELF_SPARSE, made_profile
+from msgspec.structs import replace
 from tiny import prefilled, random_prompt, tiny_model
 
 import planner
 from planner.cli import main
 from planner.commands.generate import Piece
+from planner.commands.profile import drafts, latency_cells
 from planner.cost.memory import counted_bytes
 from planner.measurements import save_profile
 from planner.plans import load_plan
@@ -20,7 +22,7 @@ from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.self_sparse import SelfSparseDrafter
 from planner.runtime.kv_cache import SparseKVCache
-from planner.specs import DraftConfig, FullKV, SparseKV, Workload
+from planner.specs import NO_DRAFTER, DraftConfig, DrafterSpec, FullKV, SparseKV, Workload
 
 BUDGET, DRAFT_LEN, CONTEXT, OUTPUT = 45, 3, 96, 20
 CONFIG = DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=BUDGET), draft_len=DRAFT_LEN)
@@ -64,6 +66,49 @@ def test_the_flag_of_profile_becomes_policies(run, monkeypatch, tmp_path):
     monkeypatch.setattr(planner, "profile", profile, raising=False)
     run("profile", "--dataset", "x.txt", "-o", tmp_path / "p.json", "--kv-budgets", f"{BUDGET},64,64", "--selections", "window", "--quiet")
     assert seen == [SparseKV(budget=BUDGET), SparseKV(budget=64)]
+
+
+def test_the_flags_of_generate_name_a_draft_model(run, monkeypatch):
+    seen = []
+
+    def generate(model, prompt, *, config, **rest):
+        seen.append(config)
+        return iter([Piece("a", [1], 0, 0), Piece("", [], 0, 0)])
+
+    monkeypatch.setattr(planner, "generate", generate, raising=False)
+    words = ["generate", "--prompt", "x", "--drafter", "draft_model", "--draft-model", "a/small one", "--draft-len", DRAFT_LEN, "--quiet"]
+    run(*words)
+    run(*words, "--kv-budget", BUDGET, "--draft-dtype", "float16")
+    run(*words, "--kv-budget", BUDGET, "--selection", "retrieval", "--refresh", 16, "--drafter-weights", "int8")
+    own = DrafterSpec(kind="draft_model", path="a/small one")
+    kvs = [FullKV(), SparseKV(budget=BUDGET, storage="evict"), SparseKV(budget=BUDGET, selection="retrieval", refresh=16)]
+    drafters = [own, replace(own, dtype="float16"), replace(own, weights="int8")]
+    assert seen == [DraftConfig(drafter=drafter, kv=kv, draft_len=DRAFT_LEN) for drafter, kv in zip(drafters, kvs, strict=True)]
+
+
+def test_the_flags_of_profile_name_draft_models_and_heads(run, monkeypatch, tmp_path):
+    seen = []
+
+    def profile(model, dataset, *, settings, **rest):
+        seen.append(settings)
+        return made_profile()
+
+    monkeypatch.setattr(planner, "profile", profile, raising=False)
+    head = tmp_path / "head"
+    head.mkdir()
+    (head / "config.json").write_text('{"architectures": ["LlamaForCausalLMEagle3"]}')
+    run(
+        "profile", "--dataset", "x.txt", "-o", tmp_path / "p.json", "--kv-budgets", 64, "--selections", "window,chunk", "--refresh", 8,
+        "--drafters", "ngram", "--draft-model", "a/small one", "--draft-model", head, "--quiet",
+    )  # fmt: skip
+    [settings] = seen
+    small, eagle = DrafterSpec(kind="draft_model", path="a/small one"), DrafterSpec(kind="eagle3", path=str(head))
+    assert settings.drafters == [NGRAM, small, eagle]
+    window, chunk = SparseKV(budget=64, storage="evict"), SparseKV(budget=64, selection="chunk", refresh=8)
+    assert settings.policies == [window, chunk]
+    kvs = [(NGRAM, FullKV()), (small, window), (small, chunk), (small, FullKV()), (eagle, FullKV())]
+    assert [(config.drafter, config.kv) for config in drafts(settings)] == kvs
+    assert {cell.drafter for cell in latency_cells(settings)} == {NO_DRAFTER, NGRAM, small, eagle}
 
 
 @pytest.mark.parametrize("selection", ["window", "chunk"])

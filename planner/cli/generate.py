@@ -9,39 +9,18 @@ import typer
 
 import planner
 from planner.cli.app import app
-from planner.cli.options import (
-    AsJson,
-    Budget,
-    Device,
-    DrafterName,
-    DrafterVocab,
-    DrafterWeights,
-    Dtype,
-    Execution,
-    MaxContext,
-    Model,
-    Quiet,
-    RopeTheta,
-    Seed,
-    Selection,
-    TargetWeights,
-)
+from planner.cli.options import AsJson, Device, Dtype, Execution, MaxContext, Model, Quiet, RopeTheta, Seed, TargetWeights, takes
+from planner.commands.flags import Asked
 from planner.errors import BadInput
 
 
 @app.command()
+@takes(Asked)
 def generate(
+    asked: Asked,
     prompt: Annotated[str | None, typer.Option(help="The prompt itself.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file that holds it; - for standard input.")] = None,
     model: Model = "smollm2",
-    drafter: DrafterName = "none",
-    drafter_weights: DrafterWeights = None,
-    drafter_vocab: DrafterVocab = None,
-    kv_budget: Budget = None,
-    selection: Selection = None,
-    sink: Annotated[int | None, typer.Option(help="First tokens that the sparse cache keeps.")] = None,
-    recent: Annotated[int | None, typer.Option(help="Least recent tokens that the sparse cache keeps.")] = None,
-    draft_len: Annotated[int, typer.Option(help="Tokens drafted per round.")] = 0,
     temperature: Annotated[float, typer.Option(help="Sampling temperature, 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling, in (0, 1].")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens, 0 keeps all.")] = 0,
@@ -58,18 +37,18 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Write text with any configuration, streaming; what a plan's last line calls."""
-    from planner.commands.plan import make_config
+    from planner.commands.plan import make_config, valid
     from planner.files import read_bytes
     from planner.report import terminal
-    from planner.specs import Sampler, checked
+    from planner.specs import Sampler
 
     if (prompt is None) == (prompt_file is None):
         raise BadInput("generate needs either --prompt TEXT or --prompt-file FILE (- for standard input)")
     if prompt_file is not None:
         content = sys.stdin.buffer.read() if str(prompt_file) == "-" else read_bytes(prompt_file, "prompt")
         prompt = content.decode("utf-8", errors="replace")
-    config = make_config(drafter, kv_budget, selection, draft_len, weights=drafter_weights, vocab=drafter_vocab, sink=sink, recent=recent)
-    sampler = checked(Sampler(temperature=temperature, top_p=top_p, top_k=top_k))
+    config = make_config(asked)
+    sampler = valid(Sampler, temperature=temperature, top_p=top_p, top_k=top_k)
     pieces = planner.generate(
         model, prompt, config=config, sampler=sampler, max_new_tokens=max_new_tokens, chat=chat, dtype=dtype, device=device, execution=execution,
         weights=weights, rope_theta=rope_theta, max_context_len=max_context, seed=seed,

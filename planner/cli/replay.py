@@ -7,14 +7,17 @@ import typer
 
 import planner
 from planner.cli.app import app
-from planner.cli.options import AsJson, Device, Dtype, Execution, Model, Quiet, Seed, TargetWeights, policies, vocabs, words
+from planner.cli.options import AsJson, Device, Dtype, Execution, MaxContext, Model, Quiet, RopeTheta, Seed, TargetWeights, takes
+from planner.commands.flags import AskedGrid
 from planner.errors import BadInput
 
 DRAFT_COST = 0.1
 
 
 @app.command()
+@takes(AskedGrid, kv_budgets="64,256,1024", selections="window")
 def replay(
+    asked: AskedGrid,
     log: Annotated[
         Path,
         typer.Option(
@@ -22,13 +25,6 @@ def replay(
         ),
     ],
     model: Model = "smollm2",
-    drafters: Annotated[str, typer.Option(help="Of ngram and self_sparse.")] = "self_sparse,ngram",
-    kv_budgets: Annotated[str, typer.Option(help="Budgets of self_sparse in tokens.")] = "64,256,1024",
-    selections: Annotated[str, typer.Option(help="window, chunk or both.")] = "window",
-    drafter_weights: Annotated[str, typer.Option(help="Weights of self_sparse, of full, int8 and int4.")] = "full",
-    drafter_vocabs: Annotated[str, typer.Option(help="Head sizes of self_sparse in tokens; all keeps the whole vocabulary.")] = "all",
-    sink: Annotated[int, typer.Option(help="First tokens that a sparse cache always keeps.")] = 4,
-    recent: Annotated[int, typer.Option(help="Least recent tokens that a sparse cache keeps.")] = 32,
     max_draft_len: Annotated[int, typer.Option(help="Longest draft of interest, in tokens.")] = 8,
     texts: Annotated[int, typer.Option(help="Lines to replay, at least 4, drawn with --seed from all of the log.")] = 64,
     temperature: Annotated[float | None, typer.Option(help="Of lines that give none; 0 is greedy. Without it they are refused.")] = None,
@@ -45,16 +41,19 @@ def replay(
     device: Device = None,
     execution: Execution = None,
     weights: TargetWeights = "full",
+    rope_theta: RopeTheta = None,
+    max_context: MaxContext = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Acceptance of any drafter, budget and K on text that was already served, and what better choices of K could gain."""
     from planner.commands.check import grid
+    from planner.commands.plan import drafter_specs, policies, valid
     from planner.files import check_writable
     from planner.replays import save_replay
     from planner.report import terminal
-    from planner.specs import Sampler, checked
+    from planner.specs import Sampler
 
     if out is not None:
         check_writable(out)
@@ -62,16 +61,13 @@ def replay(
         raise BadInput("a round costs what --profile or --draft-cost says, got both; drop one")
     if temperature is None and (top_p, top_k) != (None, None):
         raise BadInput("--top-p and --top-k go with --temperature, the default of lines without a sampler; add it")
-    try:
-        default = None if temperature is None else checked(Sampler(temperature=temperature, top_p=1.0 if top_p is None else top_p, top_k=top_k or 0))
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-    configs = grid(policies(kv_budgets, selections, sink, recent), [max_draft_len], words(drafters), words(drafter_weights), vocabs(drafter_vocabs))
+    default = None if temperature is None else valid(Sampler, temperature=temperature, top_p=1.0 if top_p is None else top_p, top_k=top_k or 0)
+    configs = grid(drafter_specs(asked, "full"), policies(asked), [max_draft_len])
     costs_from = profile_path or (DRAFT_COST if draft_cost is None else draft_cost)
     with terminal.progress("replay", quiet=quiet) as progress:
         result = planner.replay(
             model, log, configs=configs, num_texts=texts, default_sampler=default, costs_from=costs_from, dtype=dtype, device=device,
-            execution=execution, weights=weights, seed=seed, progress=progress,
+            execution=execution, weights=weights, rope_theta=rope_theta, max_context_len=max_context, seed=seed, progress=progress,
         )  # fmt: skip
     if out is not None:
         save_replay(result, out)

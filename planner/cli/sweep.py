@@ -21,16 +21,17 @@ from planner.cli.options import (
     Seed,
     TargetWeights,
     paths,
-    policies,
-    vocabs,
-    words,
+    takes,
 )
 from planner.cli.stopping import journaled
+from planner.commands.flags import AskedGrid
 from planner.units import parse_numbers
 
 
 @app.command()
+@takes(AskedGrid, kv_budgets="64,256,1024", selections="window")
 def sweep(
+    asked: AskedGrid,
     dataset: Dataset,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the sweep goes; a journal lies beside it until it is complete.")],
     model: Model = "smollm2",
@@ -40,14 +41,7 @@ def sweep(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling, in (0, 1].")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens, 0 keeps all.")] = 0,
     max_concurrency: Concurrency = 1,
-    drafters: Annotated[str, typer.Option(help="Of ngram and self_sparse; off is always run.")] = "self_sparse,ngram",
-    kv_budgets: Annotated[str, typer.Option(help="Budgets of self_sparse in tokens.")] = "64,256,1024",
-    selections: Annotated[str, typer.Option(help="window, chunk or both.")] = "window",
-    drafter_weights: Annotated[str, typer.Option(help="Weights of self_sparse, of full, int8 and int4.")] = "full",
-    drafter_vocabs: Annotated[str, typer.Option(help="Head sizes of self_sparse in tokens; all keeps the whole vocabulary.")] = "all",
     draft_lens: Annotated[str, typer.Option(help="Draft lengths in tokens.")] = "1,2,4,8",
-    sink: Annotated[int, typer.Option(help="First tokens that a sparse cache always keeps.")] = 4,
-    recent: Annotated[int, typer.Option(help="Least recent tokens that a sparse cache keeps.")] = 32,
     texts: Annotated[int, typer.Option(help="Prompts to run every configuration on; rounded up to whole groups of --max-concurrency.")] = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted sweep with the same --out stopped.")] = False,
     dtype: Dtype = "bfloat16",
@@ -62,20 +56,15 @@ def sweep(
 ) -> None:
     """The brute-force grid that a plan replaces: every configuration run on every text."""
     from planner.commands.check import grid
+    from planner.commands.plan import drafter_specs, policies, valid
     from planner.files import check_writable
     from planner.plans import save_sweep
     from planner.report import terminal
     from planner.specs import Sampler, Workload
 
     check_writable(out)
-    configs = grid(
-        policies(kv_budgets, selections, sink, recent),
-        parse_numbers(draft_lens, int, "--draft-lens"),
-        words(drafters),
-        words(drafter_weights),
-        vocabs(drafter_vocabs),
-    )
-    sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k)
+    configs = grid(drafter_specs(asked, "full"), policies(asked), parse_numbers(draft_lens, int, "--draft-lens"))
+    sampler = valid(Sampler, temperature=temperature, top_p=top_p, top_k=top_k)
     workload = Workload(context_len=isl, output_len=osl, sampler=sampler, batch=max_concurrency)
     with journaled(out):
         with terminal.progress("sweep", quiet=quiet) as progress:

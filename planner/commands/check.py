@@ -7,10 +7,11 @@ from pathlib import Path
 import msgspec
 
 import planner
+from planner.commands.plan import kv_choices, valid
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, open_journal, open_session
+from planner.commands.session import Session, check_drafters, drafter_models, load_drafters, longest_context, open_journal, open_session
 from planner.errors import BadInput
-from planner.measurements import fingerprint
+from planner.measurements import DrafterModel, fingerprint
 from planner.plans import (
     PER_MILLION_TOKENS,
     Check,
@@ -25,7 +26,7 @@ from planner.plans import (
     mean_round_s,
     tokens_per_round,
 )
-from planner.specs import PLAIN, DraftConfig, Execution, Weights, Workload, checked, describe
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, Execution, SparseKV, Weights, Workload, checked, describe
 
 TOLERANCE = 0.05  # a check passes unless the choice is shown to be worse than this
 MACHINE_SHIFT = 0.05  # of plain decoding against the profile, beyond which absolute times say little
@@ -74,11 +75,15 @@ def run_check(
             f"a plan is checked on as many devices as it was made for ({plan.tensor_parallel}), got {session.ranks.size}; "
             f"use torchrun --nproc-per-node {plan.tensor_parallel} -m planner.cli check, or profile again"
         )
+    arms = _arms(plan)
+    drafters = [config.drafter for config in arms]
+    load_drafters(session, drafters)
+    check_drafters(session, [own for own in plan.drafter_models if own.drafter in drafters])
     if num_texts < 2:
         raise BadInput(f"a paired comparison needs at least 2 texts, got {num_texts}; raise --texts")
     began = time.perf_counter()
     environment = read_environment(session.model.device)
-    workload, arms = plan.workload, _arms(plan)
+    workload = plan.workload
     num_texts, more = _whole_groups(num_texts, workload.batch), _whole_groups(EPSILON_TEXTS, workload.batch)
     total = num_texts if epsilon is None else max(num_texts, _whole_groups(MAX_EPSILON_TEXTS, workload.batch))
     files = expand(list(dataset))
@@ -150,18 +155,20 @@ def sweep(
     session = open_session(
         model, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta, max_context_len=max_context_len
     )
-    limit = session.model.spec.max_context_len
+    arms = list(dict.fromkeys([PLAIN, *configs]))
+    drafters = [config.drafter for config in arms]
+    load_drafters(session, drafters)
+    limit = longest_context(session, drafters)
     if workload.context_len + workload.output_len > limit:
         raise BadInput(
-            f"context + output must fit the model's {limit} tokens, got {workload.context_len} + {workload.output_len}; shorten one, or give --max-context and --rope-theta"
+            f"context + output must fit the {limit} tokens of the model and its drafters, got {workload.context_len} + {workload.output_len}; shorten one, or give --max-context and --rope-theta"
         )
     environment = read_environment(session.model.device)
-    arms = list(dict.fromkeys([PLAIN, *configs]))
     count = _whole_groups(num_texts, workload.batch)
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=count, seed=seed)
     device_spec = describe_device(session.model.device)
     header = _SweepRun(
-        planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights,
+        planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights, drafters=drafter_models(session, drafters),
         device=device_spec.name, num_cores=device_spec.num_cores, dtype=dtype, execution=session.model.kernels.execution,
         tensor_parallel=session.ranks.size, workload=workload,
         seed=seed, texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
@@ -188,26 +195,10 @@ def sweep(
     return session.ranks.first(lambda: _sweep_report(model, workload, arms, trials, environment, warnings, minutes), Sweep)
 
 
-def grid(
-    policies: Sequence, draft_lens: Sequence[int], drafters: Sequence[str], weights: Sequence[Weights] = ("full",), vocabs: Sequence[int | None] = (None,)
-) -> list[DraftConfig]:  # fmt: skip
-    """Every combination: self_sparse with all weights and vocabularies at every policy and length, the others at every length."""
-    from planner.commands.plan import make_config
-
-    configs = []
-    for drafter in drafters:
-        kvs = policies if drafter == "self_sparse" else [None]
-        for kv in kvs:
-            for draft_len in [0] if drafter == "none" else draft_lens:
-                if kv is None:
-                    configs.append(make_config(drafter, None, None, draft_len))
-                else:
-                    configs += [
-                        make_config(drafter, kv.budget, kv.selection, draft_len, sink=kv.sink, recent=kv.recent, weights=bits, vocab=vocab)
-                        for bits in weights
-                        for vocab in vocabs
-                    ]
-    return configs
+def grid(drafters: Sequence[DrafterSpec], policies: Sequence[SparseKV], draft_lens: Sequence[int]) -> list[DraftConfig]:
+    """Every combination: drafters with all policies that they can be run with, at every length."""
+    asked = [(drafter, kv) for drafter in drafters if drafter.kind != "none" for kv in kv_choices(drafter, policies)]
+    return [valid(DraftConfig, drafter=drafter, kv=kv, draft_len=draft_len) for drafter, kv in asked for draft_len in draft_lens]
 
 
 class _SweepRun(msgspec.Struct, kw_only=True):
@@ -217,6 +208,7 @@ class _SweepRun(msgspec.Struct, kw_only=True):
     torch: str
     fingerprint: str  # of the model
     weights: Weights
+    drafters: list[DrafterModel]
     device: str
     num_cores: int | None
     dtype: str

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from planner.commands.session import open_session
+from planner.commands.session import load_drafters, longest_context, open_session
 from planner.errors import BadInput
 from planner.specs import DraftConfig, Execution, Sampler, Weights
 
@@ -47,12 +47,14 @@ def generate(
     tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     if not chat and tokenizer.bos_token is not None:
         tokens = [tokenizer.bos_token, *tokens]
-    limit = runner.spec.max_context_len
+    load_drafters(session, [config.drafter])
+    limit = longest_context(session, [config.drafter])
     if not tokens:
         raise BadInput("a prompt needs at least one token, got an empty one; give --prompt TEXT or --prompt-file FILE")
     if max_new_tokens < 1 or len(tokens) + max_new_tokens > limit:
         raise BadInput(
-            f"prompt + output must fit the model's {limit} tokens, got {len(tokens)} + {max_new_tokens}; shorten one, or give --max-context and --rope-theta"
+            f"prompt + output must fit the {limit} tokens of the model and its drafter, got {len(tokens)} + {max_new_tokens}; "
+            "shorten one, or give --max-context and --rope-theta"
         )
     cache = runner.new_cache(cache_capacity(len(tokens), max_new_tokens, config.draft_len))
     logits = prefill(runner, torch.tensor([tokens], device=runner.device), cache)

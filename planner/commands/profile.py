@@ -9,11 +9,14 @@ from typing import NamedTuple
 import msgspec
 
 import planner
+from planner.commands.plan import kv_choices
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, open_journal, open_session
+from planner.commands.session import Session, drafter_models, load_drafters, longest_context, open_journal, open_session, usual_weights, weights_bytes
+from planner.cost.memory import own_cache_bytes
 from planner.errors import BadInput, Unfinished
 from planner.measurements import (
     AcceptanceSample,
+    DrafterModel,
     EnergySample,
     Environment,
     Failure,
@@ -38,7 +41,7 @@ class Settings(NamedTuple):
     contexts: list[int]
     samplers: list[Sampler]
     policies: list[SparseKV]
-    drafters: list[DrafterSpec] | None = None  # variants of self_sparse; None: int8 weights on a CPU, the target's own elsewhere
+    drafters: list[DrafterSpec] | None = None  # None: self_sparse, in int8 on a CPU and with the target's weights elsewhere, and ngram
     max_draft_len: int = 8
     num_texts: int = 16
     output_len: int = 128
@@ -99,6 +102,7 @@ def measure(
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
     header = _Run(
         planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights,
+        drafters=drafter_models(session, settings.drafters),
         device=device.name, num_cores=device.num_cores, dtype=str(session.model.dtype), execution=session.model.kernels.execution,
         tensor_parallel=session.ranks.size, settings=settings._replace(max_minutes=None), group=group,
         texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
@@ -176,6 +180,7 @@ def _profile(
         tensor_parallel=session.ranks.size,
         rope_theta=session.rope_theta,
         max_context_len=session.max_context_len,
+        drafter_models=drafter_models(session, settings.drafters),
         device=device,
         environment=environment,
         seed=settings.seed,
@@ -197,13 +202,15 @@ def _profile(
 
 def drafts(settings: Settings) -> list[DraftConfig]:
     """The drafters and policies to replay, each at the longest draft_len."""
-    K = settings.max_draft_len
-    sparse = [DraftConfig(drafter=drafter, kv=kv, draft_len=K) for drafter in settings.drafters for kv in settings.policies]
-    return [*sparse, DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=K)]
+    return [
+        DraftConfig(drafter=drafter, kv=kv, draft_len=settings.max_draft_len)
+        for drafter in settings.drafters
+        for kv in kv_choices(drafter, settings.policies)
+    ]
 
 
 def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
-    """Where rounds are timed: plain; the smallest budget at several widths, the largest at fewer; n-gram at the widest.
+    """Where rounds are timed: plain; the smallest cache at several widths, the largest at fewer; n-gram at the widest.
 
     Policies of one budget run the same kernels on caches of the same size, so one selection stands for all. Verifying is
     the same for every drafter, so those after the first are timed at three places. A batch above 1 does without K = 2:
@@ -211,14 +218,18 @@ def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
     """
     K = settings.max_draft_len
     middle = (K + 1) // 2
-    by_budget = sorted(settings.policies, key=lambda kv: kv.budget)
-    cells = [PLAIN, DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=K)]
-    for number, drafter in enumerate(settings.drafters if by_budget else []):
-        smallest, largest = by_budget[0], by_budget[-1]
+    cells = [PLAIN, *(DraftConfig(drafter=drafter, draft_len=K) for drafter in settings.drafters if drafter.kind == "ngram")]
+    by_read = {
+        drafter: sorted(kv_choices(drafter, settings.policies), key=lambda kv: kv.read(max(settings.contexts)))
+        for drafter in settings.drafters
+        if drafter.kind not in ("none", "ngram")
+    }
+    for number, (drafter, kvs) in enumerate((drafter, kvs) for drafter, kvs in by_read.items() if kvs):
+        smallest, largest = kvs[0], kvs[-1]
         at_smallest = sorted({1, middle, K} | ({min(2, K)} if batch == 1 else set())) if number == 0 else sorted({1, middle})
         at_largest = sorted({1, middle, K}) if number == 0 else [K]
         cells += [DraftConfig(drafter=drafter, kv=smallest, draft_len=k) for k in at_smallest]
-        if number or largest.budget > smallest.budget:
+        if number or largest != smallest:
             cells += [DraftConfig(drafter=drafter, kv=largest, draft_len=k) for k in at_largest]
     return list(dict.fromkeys(cells))
 
@@ -230,6 +241,7 @@ class _Run(msgspec.Struct, kw_only=True):
     torch: str
     fingerprint: str  # of the model
     weights: Weights
+    drafters: list[DrafterModel]
     device: str
     num_cores: int | None
     dtype: str
@@ -271,12 +283,22 @@ class _TextDone(msgspec.Struct, kw_only=True, tag="text"):
 def _checked(settings: Settings, session: Session) -> Settings:
     from planner.runtime.drafters import drafting_model
 
-    spec = session.model.spec
+    drafters = settings.drafters
+    if drafters is None:
+        drafters = [DrafterSpec(kind="self_sparse", weights=usual_weights(str(session.model.device))), DrafterSpec(kind="ngram")]
+    drafters = list(dict.fromkeys(drafter for drafter in drafters if drafter.kind != "none"))
+    load_drafters(session, drafters)
+    for drafter in drafters:
+        if drafter.kind != "ngram":
+            drafting_model(drafter, session.model)  # refuses what the model cannot be made into; and before anything is timed
+        if drafter.kind == "self_sparse" and not settings.policies:
+            raise BadInput("drafter self_sparse needs a kv budget, got none; give --kv-budgets or leave it out of --drafters")
+    limit = longest_context(session, drafters)
     for context_len in settings.contexts:
-        if context_len < 1 or context_len + settings.output_len > spec.max_context_len:
+        if context_len < 1 or context_len + settings.output_len > limit:
             raise BadInput(
-                f"context + output must fit the model's {spec.max_context_len} tokens, got {context_len} + {settings.output_len}; "
-                f"the longest context is {spec.max_context_len - settings.output_len}; beyond it, give --max-context and --rope-theta"
+                f"context + output must fit the {limit} tokens of the model and its drafters, got {context_len} + {settings.output_len}; "
+                f"the longest context is {limit - settings.output_len}; beyond it, give --max-context and --rope-theta"
             )
     if settings.num_texts < MIN_TEXTS:
         raise BadInput(f"an interval needs at least {MIN_TEXTS} texts, got {settings.num_texts}; raise --texts")
@@ -288,13 +310,8 @@ def _checked(settings: Settings, session: Session) -> Settings:
         raise BadInput(f"a batch counts streams and must be at least 1, got {settings.batches}; give --batches 1,4,8")
     if settings.max_minutes is not None and not settings.max_minutes > 0:
         raise BadInput(f"--max-minutes must be positive, got {settings.max_minutes:g}")
-    drafters = settings.drafters
-    if drafters is None:
-        drafters = [DrafterSpec(kind="self_sparse", weights="int8" if session.model.device.type == "cpu" else "full")]
-    for drafter in drafters:
-        drafting_model(drafter, session.model)  # refuses what the model cannot be made into; and before anything is timed
     return settings._replace(
-        drafters=list(dict.fromkeys(drafters)),
+        drafters=drafters,
         contexts=sorted(set(settings.contexts)),
         batches=sorted(set(settings.batches)),
         samplers=[checked(sampler) for sampler in settings.samplers],
@@ -305,8 +322,8 @@ def _checked(settings: Settings, session: Session) -> Settings:
 def _check_room(session: Session, device: DeviceSpec, settings: Settings) -> None:
     """Refuse, before anything runs, a batch that cannot fit: on a CPU the system ends the process that takes too much."""
     context_len, batch = max(settings.contexts), max(settings.batches)
-    stream_bytes = context_len * _kv_bytes_per_token(session)
-    room = device.memory_bytes - session.model.nbytes
+    stream_bytes = context_len * _kv_bytes_per_token(session, settings)
+    room = device.memory_bytes - weights_bytes(session)
     if batch * stream_bytes > room:
         raise BadInput(
             f"a batch of {batch} at context {context_len} needs {format_bytes(batch * stream_bytes)} of KV cache, beside the weights there are "
@@ -314,16 +331,17 @@ def _check_room(session: Session, device: DeviceSpec, settings: Settings) -> Non
         )
 
 
-def _kv_bytes_per_token(session: Session) -> int:
-    """What a cache of the target takes for a token, hidden states that heads read included."""
-    return session.model.new_cache(1).nbytes
+def _kv_bytes_per_token(session: Session, settings: Settings) -> int:
+    """Of the target, hidden states that heads read included, and of the largest cache beside it."""
+    beside = [own.spec.kv_bytes_per_token(own.dtype) for own in drafter_models(session, settings.drafters)]
+    return session.model.new_cache(1).nbytes + max(beside, default=0)
 
 
 def _group_size(session: Session, device: DeviceSpec, settings: Settings) -> int:
     """Texts written side by side: as many as fit, but small groups where the time is limited and may end between them."""
     stream_tokens = max(settings.contexts) + settings.output_len
-    stream_bytes = stream_tokens * _kv_bytes_per_token(session)
-    fitting = int((device.memory_bytes - session.model.nbytes) * GROUP_SHARE / stream_bytes)
+    stream_bytes = stream_tokens * _kv_bytes_per_token(session, settings)
+    fitting = int((device.memory_bytes - weights_bytes(session)) * GROUP_SHARE / stream_bytes)
     return max(1, min(MAX_GROUP if settings.max_minutes is None else MIN_TEXTS, fitting))
 
 
@@ -404,10 +422,21 @@ class _Timing:
         return done
 
     def _known_bytes(self, timed: list[RoundSample]) -> int:
-        """Weights, the prompts of all contexts, and the largest of the copies that a batch was timed on, one context at a time."""
-        grounds = {context_len: ground.cache.nbytes for context_len, ground in self._grounds.items()}
-        copies = max(sample.batch * grounds[sample.context_len] * (sample.batch > 1) for sample in timed)
-        return self._session.model.nbytes + self._session.model.copies_nbytes + sum(grounds.values()) + copies
+        """Weights, the prompts of all contexts, and what a batch was timed on, one context at a time: the largest copies and cache of a drafter's own."""
+        grounds = {context_len: ground.cache for context_len, ground in self._grounds.items()}
+        own = {model.drafter: model for model in drafter_models(self._session, self._settings.drafters)}
+
+        def beside(sample: RoundSample) -> int:
+            cache = grounds[sample.context_len]
+            total = sample.batch * cache.nbytes * (sample.batch > 1)
+            if sample.drafter in own:
+                model = own[sample.drafter]
+                total += own_cache_bytes(
+                    model.spec, model.dtype, sample.kv, capacity=cache.capacity, draft_len=sample.draft_len, batch=sample.batch
+                )  # fmt: skip
+            return total
+
+        return weights_bytes(self._session) + sum(cache.nbytes for cache in grounds.values()) + max(map(beside, timed))
 
     def again(self) -> list[RoundSample]:
         """The first cell once more: has the machine changed since the first pass?"""

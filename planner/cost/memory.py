@@ -1,14 +1,29 @@
 """Bytes that are resident: weights, caches, logits. Exact where tensors are counted, measured where a process is.
 
-The counts equal the runtime's: a full cache of `capacity` slots per stream, a sparse copy of budget + draft_len + 1.
+The counts equal the runtime's: a full cache of `capacity` slots per stream, a sparse one of budget + draft_len + 1.
 Without an EAGLE-3 head, no head is loaded and the target's cache keeps no hidden states.
 """
 
 import numpy as np
 
-from planner.measurements import Profile
+from planner.errors import BadInput
+from planner.measurements import DrafterModel, Profile
 from planner.plans import Interval
-from planner.specs import BYTES_PER_ELEMENT, CHUNK_SIZE, CHUNKED, DraftConfig, DrafterSpec, DType, HeadSpec, ModelSpec, SparseKV, Weights, Workload
+from planner.specs import (
+    BYTES_PER_ELEMENT,
+    CHUNK_SIZE,
+    CHUNKED,
+    LOADED,
+    DraftConfig,
+    DrafterSpec,
+    DType,
+    KVPolicy,
+    ModelSpec,
+    SparseKV,
+    Weights,
+    Workload,
+    describe_drafter,
+)
 
 
 def full_cache_bytes(model: ModelSpec, dtype: DType, *, capacity: int, batch: int = 1) -> int:
@@ -21,10 +36,17 @@ def sparse_cache_bytes(model: ModelSpec, dtype: DType, *, budget: int, draft_len
     return full_cache_bytes(model, dtype, capacity=budget + draft_len + 1, batch=batch)
 
 
-def head_bytes(target: ModelSpec, dtype: DType, head: HeadSpec, head_dtype: DType, *, capacity: int, batch: int = 1) -> int:
-    """An EAGLE-3 head, its cache, and the hidden states that the target's cache keeps for it."""
-    features = batch * capacity * head.feature_bytes_per_token(target, dtype)
-    return head.weights_bytes + full_cache_bytes(head.layer, head_dtype, capacity=capacity, batch=batch) + features
+def features_bytes(target: ModelSpec, dtype: DType, taps: int, *, capacity: int, batch: int = 1) -> int:
+    """Hidden states of `taps` layers that the target's cache keeps for an EAGLE-3 head."""
+    return batch * capacity * taps * target.hidden_size * BYTES_PER_ELEMENT[dtype]
+
+
+def own_cache_bytes(model: ModelSpec, dtype: DType, kv: KVPolicy, *, capacity: int, draft_len: int, batch: int = 1) -> int:
+    """The cache of a drafter that is a model of its own; a policy that retains keeps a full one beside the sparse one."""
+    full = full_cache_bytes(model, dtype, capacity=capacity, batch=batch)
+    if not isinstance(kv, SparseKV):
+        return full
+    return sparse_cache_bytes(model, dtype, budget=kv.budget, draft_len=draft_len, batch=batch) + full * (kv.storage == "retain")
 
 
 def matrix_bytes(out: int, width: int, dtype: DType, weights: Weights) -> int:
@@ -71,10 +93,24 @@ def counted_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> 
     capacity = workload.context_len + workload.output_len + config.draft_len
     batch = workload.batch
     total = profile.weights_bytes + full_cache_bytes(model, dtype, capacity=capacity, batch=batch) + logits_bytes(model, config.draft_len, batch)
-    if isinstance(config.kv, SparseKV):
+    if config.drafter.kind == "self_sparse":
         total += sparse_cache_bytes(model, dtype, budget=config.kv.budget, draft_len=config.draft_len, batch=batch)
         total += drafter_weights_bytes(profile.target, dtype, config.drafter, profile.weights, profile.tensor_parallel)
+    elif config.drafter.kind in LOADED:
+        own = drafter_model(profile, config.drafter)
+        total += own.weights_bytes + own_cache_bytes(own.spec, own.dtype, config.kv, capacity=capacity, draft_len=config.draft_len, batch=batch)
+        total += features_bytes(model, dtype, len(own.taps), capacity=capacity, batch=batch)
+        if isinstance(config.kv, SparseKV) and config.kv.storage == "evict":  # one prompt after the other is held whole until it is chosen from
+            total += full_cache_bytes(own.spec, own.dtype, capacity=workload.context_len)
     return total
+
+
+def drafter_model(profile: Profile, drafter: DrafterSpec) -> DrafterModel:
+    """The checkpoint that a profile ran a drafter with."""
+    found = next((own for own in profile.drafter_models if own.drafter == drafter), None)
+    if found is None:
+        raise BadInput(f"the profile must say what {describe_drafter(drafter)} is, it names no such checkpoint; profile with this drafter")
+    return found
 
 
 def resident_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> Interval:
@@ -94,7 +130,10 @@ def resident_bytes(profile: Profile, config: DraftConfig, workload: Workload) ->
 def largest_budget(profile: Profile, config: DraftConfig, workload: Workload, cap_bytes: int) -> int | None:
     """The largest kv budget with which a sparse configuration fits under a cap; None if no budget does."""
     assert isinstance(config.kv, SparseKV)
-    per_token = workload.batch * profile.target.shard(profile.tensor_parallel).kv_bytes_per_token(profile.dtype)
+    spec, dtype = profile.target.shard(profile.tensor_parallel), profile.dtype
+    if config.drafter.kind in LOADED:
+        spec, dtype = (own := drafter_model(profile, config.drafter)).spec, own.dtype
+    per_token = workload.batch * spec.kv_bytes_per_token(dtype)
     without = resident_bytes(profile, config, workload).value - config.kv.budget * per_token
     budget = int((cap_bytes - without) // per_token)
     least = config.kv.recent + (CHUNK_SIZE if config.kv.selection in CHUNKED else config.kv.sink)

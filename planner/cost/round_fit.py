@@ -5,7 +5,7 @@
     verify(n, L)  = a + b n + c L + d n L                n = k + 1 tokens of the target over L cached ones, in one of three forms
     commit(k)     = a + b k
 
-`verify` is the target's and the same behind every drafter. Variants of a drafter (weights, vocabulary) run the same code
+`verify` is the target's and the same behind every drafter. Variants of a drafter (weights, vocabulary, of one checkpoint) run the same code
 on the same cache and differ in what a pass over their weights takes: `b` of `draft` is each variant's own, `a`, `c` and
 `commit` are shared, so that a variant needs few cells. Where that does not hold, left-out cells are missed, and the error says so.
 
@@ -23,7 +23,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from planner.measurements import RoundSample
-from planner.specs import DraftConfig, DrafterSpec, FullKV
+from planner.specs import CACHED, LOADED, DraftConfig, DrafterSpec
 
 OUTLIER_MADS = 5.0  # standard deviations, by the median absolute deviation: keeps all but a few in a million of a normal sample
 HUBER = 0.02  # relative residual from which a cell's pull on the fit no longer grows
@@ -89,8 +89,8 @@ class _Fit:
         self._verify = {"bilinear": (0.0, line), "floor": with_floor, "steps": (0.0, steps)}  # floor and coefficients
 
         self._draft, self._commit = {}, {}
-        for kind in {p.drafter.kind for p in points if p.drafter.kind != "none"}:
-            self._fit_drafters(kind, [p for p in points if p.drafter.kind == kind])
+        for family in {_family(p.drafter) for p in points if p.drafter.kind != "none"}:
+            self._fit_drafters(family, [p for p in points if _family(p.drafter) == family])
 
     def round_s(self, form: str, drafter: DrafterSpec, drafted: np.ndarray, read: int, position: float) -> np.ndarray:
         """[len(drafted)] seconds of a round by the tokens it drafts."""
@@ -98,7 +98,7 @@ class _Fit:
             return np.full(len(drafted), self._lines([position])[0] @ self._plain)
         setup_s, each_s, slope = self._draft[drafter]
         draft_s = setup_s + (each_s + slope * read / 1000) * drafted
-        setup_s, each_s = self._commit[drafter.kind]
+        setup_s, each_s = self._commit[_family(drafter)]
         return draft_s + self._verify_s(form, drafted + 1, position) + setup_s + each_s * drafted
 
     def errors(self, form: str, points: list[Point]) -> list[float]:
@@ -106,7 +106,7 @@ class _Fit:
         predicted = [self.round_s(form, p.drafter, np.array([p.drafted]), p.read, p.position)[0] for p in points]
         return [seconds / (p.draft_s + p.verify_s + p.commit_s) - 1 for seconds, p in zip(predicted, points, strict=True)]
 
-    def _fit_drafters(self, kind: str, points: list[Point]) -> None:
+    def _fit_drafters(self, family: tuple, points: list[Point]) -> None:
         """All variants of a drafter at once: they share everything but what a pass over their weights takes."""
         variants = list(dict.fromkeys(p.drafter for p in points))
         drafted = np.array([p.drafted for p in points])
@@ -117,7 +117,7 @@ class _Fit:
         columns = [ones, drafted * reads / 1000 * several_reads, drafted[:, None] * is_own]
         setup_s, slope, *each_s = _nonnegative(np.column_stack(columns), [p.draft_s for p in points])
         self._draft |= {variant: (setup_s, own_s, slope) for variant, own_s in zip(variants, each_s, strict=True)}
-        self._commit[kind] = _nonnegative(np.column_stack([ones, drafted]), [p.commit_s for p in points])
+        self._commit[family] = _nonnegative(np.column_stack([ones, drafted]), [p.commit_s for p in points])
 
     def _verify_s(self, form: str, n: np.ndarray, position: float) -> np.ndarray:
         narrow_s = self._lines([position])[0] @ self._narrow
@@ -137,13 +137,18 @@ class _Fit:
         return np.column_stack([np.ones(len(positions)), np.array(positions) / 1000 * self._many_contexts])
 
 
+def _family(drafter: DrafterSpec) -> tuple:
+    """What variants of a drafter have in common: its kind, and its checkpoint if it has one of its own."""
+    return drafter.kind, drafter.path, drafter.dtype
+
+
 def points_of(cell: int, sample: RoundSample, pace: np.ndarray) -> list[Point]:
     """The cell's rounds as they would have been at the mean pace."""
     drafted = np.array(sample.drafted)
     slow = np.repeat(pace, [len(part) for part in np.array_split(drafted, len(pace))])
     draft_s, verify_s, commit_s = (np.array(phase) / slow for phase in (sample.draft_s, sample.verify_s, sample.commit_s))
     total = draft_s + verify_s + commit_s
-    read = 0 if isinstance(sample.kv, FullKV) else sample.kv.read(sample.context_len)
+    read = sample.kv.read(sample.context_len) if sample.drafter.kind in (*CACHED, *LOADED) else 0
     found = []
     for count in sorted(set(sample.drafted)):
         rows = _without_outliers(total, np.flatnonzero(drafted == count))

@@ -29,7 +29,7 @@ from planner.runtime.model import Layer, Transformer
 from planner.runtime.rope import attention_factor, inverse_frequency, rotation
 from planner.runtime.safetensors_folder import Stored, header_bytes, reading, stored_tensors
 from planner.runtime.weights import FLOAT_DTYPES, fingerprint_of, finite, read_spec
-from planner.specs import HeadSpec, ModelSpec
+from planner.specs import ModelSpec
 
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")  # as published, and as vLLM has it
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -87,11 +87,6 @@ class EagleHead(nn.Module):
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
         """An empty cache for the head's own keys and values."""
         return KVCache(self.spec, batch=batch, capacity=capacity, dtype=self.dtype, device=self.device)
-
-
-def head_spec(head: EagleHead, target: Transformer) -> HeadSpec:
-    """What the planner needs to know of a head."""
-    return HeadSpec(layer=head.spec, taps=head.taps, weights_bytes=target.extra_nbytes(head))
 
 
 def load_head(path: str | Path, target: Transformer, dtype: torch.dtype) -> EagleHead:

@@ -131,30 +131,154 @@ class SparseKVCache(KVCache):
         self._num_fixed = [0] * batch
         self._ring_start = [0] * batch  # position that lies in the first slot of the ring
 
-    def select(self, target: KVCache, stream: int, end: int, queries: kv_select.Queries) -> None:
-        """Choose and copy what to keep of the target's first `end` tokens, and take over the committed ones behind them."""
+    def select(self, source: KVCache, stream: int, end: int, queries: kv_select.Queries) -> None:
+        """Choose and copy what to keep of the first `end` tokens of a source of one stream, and take over the committed ones behind them."""
         b = stream
-        fixed = kv_select.select(self.policy, target.keys[:, b, :, :end], queries)  # [layers, H, F]
+        fixed = kv_select.select(self.policy, source.keys[:, 0, :, :end], queries)  # [layers, H, F]
         F = fixed.shape[-1]
         index = fixed[..., None].expand(-1, -1, -1, self.keys.shape[-1])
         recent = min(self.policy.budget - F, end - F)
-        for own, theirs in ((self.keys, target.keys), (self.values, target.values)):
-            own[:, b, :, :F] = theirs[:, b].gather(2, index)
-            own[:, b, :, F : F + recent] = theirs[:, b, :, end - recent : end]
+        for own, theirs in ((self.keys, source.keys), (self.values, source.values)):
+            own[:, b, :, :F] = theirs[:, 0].gather(2, index)
+            own[:, b, :, F : F + recent] = theirs[:, 0, :, end - recent : end]
         self._num_fixed[b], self._ring_start[b] = F, end - recent
         self.lengths[b] = F + recent
-        self.slide(target, stream, target.lengths[b] - end)
+        self.slide(source, stream, source.lengths[0] - end)
 
-    def slide(self, target: KVCache, stream: int, count: int) -> None:
-        """Take over the `count` tokens that the target committed last, with its exact keys and values."""
-        b, F = stream, self._num_fixed[stream]
-        ring = self.policy.budget - F
-        end = target.lengths[b]
-        begin = end - min(count, ring)
-        slots = torch.tensor([F + (p - self._ring_start[b]) % ring for p in range(begin, end)], device=self.keys.device, dtype=torch.long)
-        self.keys[:, b, :, slots] = target.keys[:, b, :, begin:end]
-        self.values[:, b, :, slots] = target.values[:, b, :, begin:end]
-        self.lengths[b] = F + min(ring, end - self._ring_start[b])
+    def slide(self, source: KVCache, stream: int, count: int) -> None:
+        """Take over the `count` tokens that a source of one stream committed last, with its exact keys and values."""
+        b, end = stream, source.lengths[0]
+        begin = end - min(count, self._ring(b))
+        slots = torch.tensor([self._slot(b, position) for position in range(begin, end)], device=self.keys.device, dtype=torch.long)
+        self.keys[:, b, :, slots] = source.keys[:, 0, :, begin:end]
+        self.values[:, b, :, slots] = source.values[:, 0, :, begin:end]
+        self.lengths[b] = self._length(b, end)
+
+    def _ring(self, stream: int) -> int:
+        """Slots of the ring."""
+        return self.policy.budget - self._num_fixed[stream]
+
+    def _slot(self, stream: int, position: int) -> int:
+        """Where the ring holds a token."""
+        return self._num_fixed[stream] + (position - self._ring_start[stream]) % self._ring(stream)
+
+    def _length(self, stream: int, end: int) -> int:
+        """Slots in use once the ring holds the tokens before `end`."""
+        return self._num_fixed[stream] + min(self._ring(stream), end - self._ring_start[stream])
+
+
+class OwnKVCache(KVCache):
+    """All keys of a drafter that is a model of its own. What a pass writes is kept at once and can be taken back."""
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens read so far, of each stream."""
+        return self.lengths
+
+    def window_mask(self, n: int) -> None:
+        """The mask of a pass over n new tokens: none, they are causal."""
+
+    def keep(self, counts: list[int]) -> None:
+        """The first counts[b] tokens of the last pass, which the target has committed or just chosen."""
+        self.commit(counts)
+
+    def expect_drafts(self, count: int) -> None:
+        """Up to `count` passes over one draft each follow."""
+
+    def keep_draft(self) -> None:
+        """The one token of the last pass, until `rewind`."""
+        self.commit([1] * len(self.lengths))
+
+    def rewind(self, ends: list[int]) -> None:
+        """Forget the drafts that lie at ends[b] or behind it."""
+        self.lengths = [min(pair) for pair in zip(self.lengths, ends, strict=True)]
+
+
+class OwnSparseKVCache(SparseKVCache):
+    """The same under a policy: a token sees the fixed set in force, the ring of budget - F tokens before it, and itself.
+
+    A new token, draft or not, replaces the oldest of the ring. What a draft replaced waits in the last slots for `rewind`.
+    So what a token sees depends on its position and not on where rounds began, and a pass over one token needs no mask.
+    """
+
+    def __init__(self, spec: ModelSpec, policy: SparseKV, *, draft_len: int, batch: int, dtype: torch.dtype, device: torch.device):
+        super().__init__(spec, policy, draft_len=draft_len, batch=batch, dtype=dtype, device=device)
+        self.ends = [0] * batch
+        self.all: KVCache | None = None  # every token read, where the policy retains them
+        self._num_drafts, self._first_drafts = 0, self.ends
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.all is None else self.all.nbytes)
+
+    def choose(self, source: KVCache, stream: int, end: int, queries: kv_select.Queries) -> None:
+        """Keep of the first `end` tokens of a source of one stream what the policy says."""
+        source.lengths = [end]
+        self.select(source, stream, end, queries)
+        self.ends[stream] = end
+
+    def window_mask(self, n: int) -> Tensor | None:  # [B, 1, n, S]
+        if n == 1:
+            return None
+        state = torch.tensor([self.ends, self._num_fixed, self._ring_start, self.lengths], device=self.keys.device)
+        first, fixed, ring_start, length = state[:, :, None, None]  # [B, 1, 1]
+        ring = self.policy.budget - fixed
+        slot = torch.arange(max(self.lengths) + n, device=state.device)
+        in_ring = first - 1 - (first - 1 - ring_start - (slot - fixed)) % ring  # position that a slot of the ring holds
+        position = torch.where(slot < length, in_ring, first + slot - length)
+        own = first + torch.arange(n, device=state.device)[:, None]
+        visible = (slot < fixed) | ((position <= own) & (position >= own - ring))  # [B, n, S]
+        return additive_mask(visible, self.keys.dtype)[:, None]
+
+    def keep(self, counts: list[int]) -> None:
+        new = [(b, self.lengths[b] + i, self.ends[b] + i) for b, count in enumerate(counts) for i in range(count)]  # stream, slot, position
+        if self.all is not None:
+            self._copy(new, self.all)
+        self.ends = [end + count for end, count in zip(self.ends, counts, strict=True)]
+        self._copy([(b, slot, self._slot(b, p)) for b, slot, p in new if p >= self.ends[b] - self._ring(b)], self)
+        self._set_lengths()
+
+    def expect_drafts(self, count: int) -> None:
+        self._num_drafts, self._first_drafts = 0, self.ends
+        moves = []  # of each draft: where a pass writes it, where it goes, where to put what was there; its position
+        for i in range(count):
+            positions = [(b, end + i) for b, end in enumerate(self.ends)]
+            moves.append([[self._length(b, p), self._slot(b, p), self.policy.budget + 1 + i, p] for b, p in positions])
+        self._moves = torch.tensor(moves, device=self.keys.device, dtype=torch.long)  # [count, B, 4], in one upload
+        self._streams = torch.arange(len(self.ends), device=self.keys.device)
+
+    def keep_draft(self) -> None:
+        b = self._streams
+        written, slot, aside, position = self._moves[self._num_drafts].unbind(1)
+        for own, retained in zip((self.keys, self.values), (self.all.keys, self.all.values) if self.all else (None, None), strict=True):
+            new = own[:, b, :, written]
+            own[:, b, :, aside] = own[:, b, :, slot]
+            own[:, b, :, slot] = new
+            if retained is not None:
+                retained[:, b, :, position] = new
+        self._num_drafts += 1
+        self.ends = [end + 1 for end in self.ends]
+        self._set_lengths()
+
+    def rewind(self, ends: list[int]) -> None:
+        kept = [min(max(end, first), now) for end, first, now in zip(ends, self._first_drafts, self.ends, strict=True)]
+        back = {}  # a slot that several drafts replaced gets what the first of them found there
+        for b, (first, end) in enumerate(zip(self._first_drafts, kept, strict=True)):
+            for i in range(end - first, self._num_drafts):
+                back.setdefault((b, self._slot(b, first + i)), self.policy.budget + 1 + i)
+        self._copy([(b, aside, slot) for (b, slot), aside in back.items()], self)
+        self.ends, self._num_drafts, self._first_drafts = kept, 0, kept
+        self._set_lengths()
+
+    def _copy(self, moves: list[tuple[int, int, int]], to: KVCache) -> None:
+        """stream, slot here, slot there"""
+        if moves:
+            b, here, there = torch.tensor(moves, device=self.keys.device).unbind(1)
+            to.keys[:, b, :, there] = self.keys[:, b, :, here]
+            to.values[:, b, :, there] = self.values[:, b, :, here]
+
+    def _set_lengths(self) -> None:
+        self.lengths = [self._length(b, end) for b, end in enumerate(self.ends)]
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,7 +38,9 @@ class Transformer(nn.Module):
         self.inverse_frequency = inverse_frequency(spec, norm.device)  # [D/2]
         self.attention_factor = attention_factor(spec)
         self._cheaper: dict[tuple, Transformer] = {}
-        self.beside: dict[tuple, nn.Module] = {}  # drafters with a checkpoint of their own, loaded for this target: (path, dtype) -> model
+        self.beside: dict[
+            tuple, nn.Module
+        ] = {}  # drafters with a checkpoint of their own, loaded for this target: (path, dtype), as DrafterSpec has them
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,7 +130,8 @@ class Transformer(nn.Module):
             elif weights != "full":
                 head = quantized(head, weights)
             layers = [layer.quantized(weights) for layer in self.layers]
-            fingerprint = self.fingerprint if weights == "full" else f"{self.fingerprint}-{weights}"
+            same = weights == "full" or self.fingerprint.endswith(f"-{weights}")
+            fingerprint = self.fingerprint if same else f"{self.fingerprint}-{weights}"
             self._cheaper[weights, tokens] = Transformer(
                 self.spec, fingerprint, self.embedding, self.norm, head, layers, self.kernels, self.special_tokens
             )

@@ -52,6 +52,11 @@ class Tokenizer:
         special = [token for token, added in backend.get_added_tokens_decoder().items() if added.special]
         self.special_tokens = tuple(sorted({*special, *self.stop_tokens}))
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, special ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone. Special tokens written out in it count as such; none are added."""
         try:

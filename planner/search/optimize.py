@@ -11,7 +11,7 @@ from planner.errors import BadInput
 from planner.measurements import Profile
 from planner.plans import Interval, Plan, Rejected, Tie
 from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict, refusal, text_share, with_speedup
-from planner.specs import PLAIN, DraftConfig, Objective, SparseKV, Workload
+from planner.specs import PLAIN, DraftConfig, Objective, SparseKV, Workload, usual_storage
 
 NUM_RUNNERS_UP = 3
 MAX_TIES = 5
@@ -59,6 +59,7 @@ def make_plan(
         profile_sha256=profile_sha256,
         model=profile.model,
         target_fingerprint=profile.target_fingerprint,
+        drafter_models=profile.drafter_models,
         device=profile.device.name,
         dtype=profile.dtype,
         execution_mode=profile.execution_mode,
@@ -140,6 +141,8 @@ def command(profile: Profile, config: DraftConfig, workload: Workload) -> str:
     words += [f"--rope-theta {profile.rope_theta}"] * (profile.rope_theta is not None)
     words += [f"--max-context {profile.max_context_len}"] * (profile.max_context_len is not None)
     words += [f"--execution {profile.execution_mode}"] * (profile.execution_mode != usual_execution) + [f"--drafter {config.drafter.kind}"]
+    words += [f"--draft-model {shlex.quote(config.drafter.path)}"] if config.drafter.path else []
+    words += [f"--draft-dtype {config.drafter.dtype}"] * (config.drafter.dtype is not None)
     words += [f"--drafter-weights {config.drafter.weights}"] * (config.drafter.weights != "full")
     words += [f"--drafter-vocab {config.drafter.vocab}"] * (config.drafter.vocab is not None)
     if isinstance(config.kv, SparseKV):
@@ -148,6 +151,8 @@ def command(profile: Profile, config: DraftConfig, workload: Workload) -> str:
         words += [f"--sink {config.kv.sink}"] * (config.kv.sink != default.sink) + [f"--recent {config.kv.recent}"] * (
             config.kv.recent != default.recent
         )
+        words += [f"--refresh {config.kv.refresh}"] * (config.kv.refresh is not None)
+        words += [f"--storage {config.kv.storage}"] * (config.kv.storage != usual_storage(config.drafter.kind, config.kv.refresh))
     if config.draft_len:
         words += [f"--draft-len {config.draft_len}"]
     sampler = workload.sampler

@@ -25,7 +25,7 @@ POLICIES = [SparseKV(budget=40, sink=4, recent=8), SparseKV(budget=64, sink=4, r
 SELF_SPARSE = DrafterSpec(kind="self_sparse", weights="int8")
 SETTINGS = Settings(
     contexts=[96], samplers=[Sampler(temperature=0.0), Sampler(temperature=1.0)], policies=POLICIES, max_draft_len=2, num_texts=4, output_len=24,
-    batches=[3, 1], drafters=[SELF_SPARSE],
+    batches=[3, 1], drafters=[SELF_SPARSE, DrafterSpec(kind="ngram")],
 )  # fmt: skip
 
 

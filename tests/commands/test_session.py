@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -12,12 +13,13 @@ from tiny import NATIVE, native_kernels, tiny_checkpoint
 
 import planner
 from planner.cli import main
-from planner.commands.session import open_session
+from planner.commands.session import check_drafters, drafter_models, load_drafters, open_session, weights_bytes
 from planner.errors import BadInput
 from planner.measurements import save_profile
 from planner.plans import save_plan
 from planner.runtime import native
 from planner.runtime.linear import Int4Linear, Int8Linear, Linear
+from planner.specs import DrafterSpec
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,11 @@ def tiny_files(monkeypatch):
         return checkpoint._replace(tensors={name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()})
 
     monkeypatch.setattr("planner.runtime.weights.load_checkpoint", load)
-    monkeypatch.setattr("planner.runtime.tokenizer.load_tokenizer", lambda path: SimpleNamespace(special_tokens=(0, 60)))
+
+    def load_tokenizer(path):
+        return SimpleNamespace(special_tokens=(0, 60), vocabulary={"a": 0, "b": 1 if path.name != "foreign" else 2})
+
+    monkeypatch.setattr("planner.runtime.tokenizer.load_tokenizer", load_tokenizer)
 
 
 @pytest.fixture
@@ -146,3 +152,49 @@ def test_a_plan_is_checked_on_the_model_that_was_profiled(given, monkeypatch, tm
     with pytest.raises(BadInput, match="far enough"):
         planner.check(tmp_path / "plan.json", ["x.txt"])
     assert seen == [given]
+
+
+# ---- drafters with a checkpoint of their own
+
+
+def draft_model(path="small", **changes):
+    return DrafterSpec(kind="draft_model", path=path, **changes)
+
+
+def test_each_checkpoint_is_loaded_once_in_its_own_dtype():
+    session = opened(execution="eager")
+    drafters = [DrafterSpec(kind="ngram"), draft_model(), draft_model(weights="int8"), draft_model(dtype="float32")]
+    load_drafters(session, drafters)
+    before = dict(session.model.beside)
+    load_drafters(session, drafters[1:2])
+    assert session.model.beside == before and {key: model.dtype for key, model in before.items()} == {
+        ("small", None): torch.bfloat16, ("small", "float32"): torch.float32,
+    }  # fmt: skip
+    full, int8, wide = drafter_models(session, drafters)
+    assert (full.dtype, int8.dtype, wide.dtype) == ("bfloat16", "bfloat16", "float32")
+    assert int8.weights_bytes < 0.7 * full.weights_bytes and wide.weights_bytes == 2 * full.weights_bytes
+    assert int8.fingerprint == f"{full.fingerprint}-int8"
+    assert weights_bytes(session) > session.model.nbytes + full.weights_bytes + wide.weights_bytes
+
+
+def test_a_quantised_draft_model_alone_leaves_no_copy_in_full_precision_behind():
+    session = opened(execution="eager")
+    load_drafters(session, [draft_model(weights="int8")])
+    [int8] = drafter_models(session, [draft_model(weights="int8")])
+    assert weights_bytes(session) == session.model.nbytes + int8.weights_bytes and int8.fingerprint.endswith("0-int8")
+    load_drafters(session, [draft_model()])  # and where somebody wants it in full after all, it is loaded again
+    assert drafter_models(session, [draft_model()])[0].weights_bytes > int8.weights_bytes
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused():
+    with pytest.raises(BadInput, match="needs the target's vocabulary, foreign has 'b' as 2 and the target as 1; take a smaller model"):
+        load_drafters(opened(execution="eager"), [draft_model("foreign")])
+
+
+def test_a_draft_model_that_changed_since_the_profile_is_refused():
+    session = opened(execution="eager")
+    load_drafters(session, [draft_model()])
+    found = drafter_models(session, [draft_model()])
+    check_drafters(session, found)
+    with pytest.raises(BadInput, match="small was 1111.*this one is 0000"):
+        check_drafters(session, [msgspec.structs.replace(found[0], fingerprint="1" * 16)])

@@ -1,18 +1,14 @@
-"""Lossless or not: greedy output equals plain output, sampled output follows the target, wrong rules are caught."""
+"""What the loop promises whatever the drafter: wrong rules and adversarial drafts are caught, native and quantised kernels are lossless too."""
 
-import itertools
-
-import numpy as np
 import pytest
 import torch
-from scipy import stats
+from decoding import exact_pairs, joint_frequencies, p_value, run
 from tiny import HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_head
 
 from planner.runtime import decode as decode_module
-from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.protocol import Draft
-from planner.runtime.sampling import probabilities, sample
+from planner.runtime.sampling import sample
 from planner.runtime.verify import Verdict, verify_chain
 from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, YarnRope
 
@@ -46,39 +42,17 @@ class AdversarialDrafter:
         pass
 
 
-def run(model, prompts, config=PLAIN, drafter=None, sampler=GREEDY, seed=0, new_tokens=40, stop_tokens=()):
-    cache, logits = prefilled(model, prompts, cache_capacity(max(map(len, prompts)), new_tokens, max(config.draft_len, 4)))
-    drafter = drafter or make_drafter(config, model, batch=len(prompts))
-    generators = [torch.Generator(device=model.device).manual_seed(seed + b) for b in range(len(prompts))]
-    rounds = list(
-        decode(model, cache, prompts, logits, drafter, draft_len=config.draft_len or 4, sampler=sampler, generators=generators,
-               max_new_tokens=new_tokens, stop_tokens=stop_tokens)
-    )  # fmt: skip
-    return [[t for r in rounds for t in r.tokens[b]] for b in range(len(prompts))], rounds
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return with_head(tiny_model(sharpness=1.5), tmp_path_factory.mktemp("model") / "head")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("length", [3, 15, 100])
-def test_greedy_output_is_plain_greedy_output(model, config, length):
-    prompt = random_prompt(length, seed=length)
-    (plain,), _ = run(model, [prompt])
-    (ours,), rounds = run(model, [prompt], config)
-    assert ours == plain
-    assert all(a <= d <= config.draft_len for r in rounds for a, d in zip(r.accepted, r.drafted))
-    assert sum(len(r.tokens[0]) for r in rounds) == 40
-
-
-@pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[3], CONFIGS[-1]], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[3], EAGLE3], ids=str)
 @pytest.mark.parametrize("changes", [{"architecture": "qwen2"}, {"architecture": "qwen3"}, {"rope_scaling": YARN}], ids=["qwen2", "qwen3", "yarn"])
 @pytest.mark.parametrize("execution", ["eager", "native"])
-def test_greedy_output_of_other_architectures_is_plain_greedy_output(changes, config, execution):
+def test_greedy_output_of_other_architectures_is_plain_greedy_output(changes, config, execution, tmp_path):
     kernels = None if execution == "eager" else native_kernels(torch.float32)
-    model = tiny_model(sharpness=1.5, kernels=kernels, **NATIVE, **changes)
+    model = with_head(tiny_model(sharpness=1.5, kernels=kernels, **NATIVE, **changes), tmp_path / "head")
     prompts = [random_prompt(length, seed=length) for length in (90, 33)]
     assert run(model, prompts, config)[0] == run(model, prompts)[0]
 
@@ -88,75 +62,9 @@ def test_greedy_output_survives_an_adversarial_drafter(model):
     assert run(model, [prompt], drafter=AdversarialDrafter())[0] == run(model, [prompt])[0]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_streams_of_different_lengths_decode_as_they_do_alone(model, config):
-    prompts = [random_prompt(length, seed=length) for length in (90, 33, 61)]
-    together, _ = run(model, prompts, config)
-    assert together == [run(model, [prompt], config)[0][0] for prompt in prompts]
-
-
-def test_a_stop_token_ends_the_text_in_the_middle_of_a_round(model):
-    prompt = random_prompt(50)
-    (plain,), _ = run(model, [prompt])
-    stop = plain[10]
-    for config in CONFIGS:
-        (ours,), _ = run(model, [prompt], config, stop_tokens=(stop,))
-        assert ours == plain[: plain.index(stop) + 1]
-
-
 def test_full_budget_accepts_every_greedy_draft(model):
     _, rounds = run(model, [random_prompt(60)], DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=500), draft_len=3))
     assert all(r.accepted == r.drafted for r in rounds)
-
-
-def joint_frequencies(model, config, sampler, drafter=None, runs=4000, batch=100, prompt=random_prompt(30, seed=3)):
-    """How often each pair (token 2, token 3) was written, given that token 1 is free."""
-    one, logits = prefilled(model, [prompt], 60)
-    cache = model.new_cache(60, batch=batch)
-    cache.take(one, len(prompt))
-    counts = np.zeros((61, 61))
-    for run_index in range(runs // batch):
-        cache.lengths = [len(prompt)] * batch
-        rounds = decode(
-            model, cache, [prompt] * batch, logits.expand(batch, -1), drafter or make_drafter(config, model, batch=batch),
-            draft_len=max(config.draft_len, 2), sampler=sampler, max_new_tokens=4,
-            generators=[torch.Generator().manual_seed(run_index * batch + b) for b in range(batch)],
-        )  # fmt: skip
-        texts = list(zip(*([row for row in r.tokens] for r in rounds)))
-        for text in (list(itertools.chain.from_iterable(pieces)) for pieces in texts):
-            counts[text[1], text[2]] += 1
-    return counts
-
-
-def exact_pairs(model, sampler, prompt=random_prompt(30, seed=3)):
-    """The same by enumeration of the target's distribution."""
-    cache, logits = prefilled(model, [prompt], 60)
-    first = probabilities(logits, sampler)[0]
-
-    def after(tokens):
-        cache.truncate(len(prompt))
-        positions = torch.arange(len(prompt), len(prompt) + tokens.shape[1])[None]
-        view_cache, _ = prefilled(model, [prompt], 60)
-        big = model.new_cache(60, batch=len(tokens))
-        big.take(view_cache, len(prompt))
-        hidden = model(tokens, positions.expand(len(tokens), -1), big, big.causal_mask(tokens.shape[1])).hidden
-        return probabilities(model.logits(hidden[:, -1]), sampler)
-
-    with torch.inference_mode():
-        second = after(torch.arange(61)[:, None])  # [x0, x1]
-        pair = first[:, None] * second
-        grid = torch.cartesian_prod(torch.arange(61), torch.arange(61))
-        third = after(grid).view(61, 61, 61)  # [x0, x1, x2]
-    return torch.einsum("ab,abc->bc", pair, third).numpy()
-
-
-def p_value(counts, expected):
-    """Chi-square over the cells that expect at least 5, the rest pooled."""
-    expected = expected / expected.sum() * counts.sum()
-    large = expected >= 5
-    observed = np.append(counts[large], counts[~large].sum())
-    predicted = np.append(expected[large], expected[~large].sum())
-    return stats.chisquare(observed, predicted * observed.sum() / predicted.sum()).pvalue
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +73,6 @@ def soft_model(tmp_path_factory):
 
 
 SAMPLED = [Sampler(temperature=1.0, top_k=12), WARM]
-
-
-@pytest.mark.parametrize("sampler", SAMPLED, ids=str)
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2], CONFIGS[3], CONFIGS[6], EAGLE3], ids=str)
-def test_sampled_output_follows_the_target(soft_model, config, sampler):
-    assert p_value(joint_frequencies(soft_model, config, sampler), exact_pairs(soft_model, sampler)) > 1e-3
 
 
 def test_sampled_output_survives_an_adversarial_drafter(soft_model):

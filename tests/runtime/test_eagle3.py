@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import HEAD, head_files, native_kernels, prefilled, random_prompt, tiny_model, with_head, write_head
 
-from planner.cost.memory import full_cache_bytes, head_bytes
+from planner.cost.memory import features_bytes, full_cache_bytes
 from planner.errors import BadInput
 from planner.profiler.latency import Ground, side_by_side
 from planner.profiler.texts import Prompt
@@ -19,7 +19,7 @@ from planner.profiler.trial import run_trials
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.none import NoDrafter
-from planner.runtime.eagle_head import head_spec, load_head
+from planner.runtime.eagle_head import load_head
 from planner.runtime.kernels import Kernels
 from planner.runtime.linear import ReducedHead
 from planner.runtime.model import prefill
@@ -271,10 +271,11 @@ def test_bytes_are_those_that_the_planner_predicts(tmp_path, dtype, own_embeddin
     model.beside["head", dtype] = head
     floats = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
     size = {"float32": 4, "bfloat16": 2}[dtype]
-    assert head_spec(head, model).weights_bytes == floats * size + 8 * 45  # and the ids of the tokens it knows
+    assert model.extra_nbytes(head) == floats * size + 8 * 45  # and the ids of the tokens it knows
     cache, drafter, _, _ = decoded(model, [random_prompt(9), random_prompt(30)], DraftConfig(drafter=drafter_spec, draft_len=K))
     predicted = full_cache_bytes(model.spec, "float32", capacity=54, batch=2)
-    predicted += head_bytes(model.spec, "float32", head_spec(head, model), dtype, capacity=54, batch=2)
+    predicted += features_bytes(model.spec, "float32", len(head.taps), capacity=54, batch=2)
+    predicted += full_cache_bytes(head.spec, dtype, capacity=54, batch=2) + model.extra_nbytes(head)
     assert cache.nbytes + drafter.nbytes == predicted
     assert cache.features.nbytes == 2 * 54 * 3 * 32 * 4
 
@@ -282,9 +283,10 @@ def test_bytes_are_those_that_the_planner_predicts(tmp_path, dtype, own_embeddin
 def test_a_trial_counts_the_bytes_that_the_planner_predicts(model):
     prompts = [Prompt("kind", "source", i, 20, random_prompt(20, seed=i)) for i in range(2)]
     trials = list(run_trials(model, prompts, [EAGLE3], SOFT, output_len=10, stop_tokens=(), seed=0, batch=2))
-    head = head_spec(model.beside[HEAD.path, HEAD.dtype], model)
+    head = model.beside[HEAD.path, HEAD.dtype]
     capacity = cache_capacity(20, 10, K)
-    own = head_bytes(model.spec, "float32", head, "float32", capacity=capacity, batch=2)
+    own = features_bytes(model.spec, "float32", len(head.taps), capacity=capacity, batch=2)
+    own += full_cache_bytes(head.spec, "float32", capacity=capacity, batch=2) + model.extra_nbytes(head)
     assert {trial.cache_bytes for trial in trials} == {own + full_cache_bytes(model.spec, "float32", capacity=capacity, batch=2)}
 
 

@@ -79,7 +79,7 @@ def no_queries(count):
 def choose(cache, target):
     """Select for every stream, from all that is committed."""
     for b, length in enumerate(target.lengths):
-        cache.select(target, b, length, no_queries)
+        cache.select(target.stream(b), b, length, no_queries)
 
 
 @seeded
@@ -106,7 +106,7 @@ def test_a_sparse_cache_holds_the_fixed_tokens_and_the_last_committed_ones(histo
         cache.lengths = committed
         target.commit(list(counts))
         for b, count in enumerate(counts):
-            cache.slide(target, b, count)
+            cache.slide(target.stream(b), b, count)
         for b, length in enumerate(lengths):
             assert torch.equal(check_held(held(cache, target, b), policy, length, target.lengths[b]), fixed[b])
 
@@ -120,7 +120,7 @@ def test_what_is_visible_is_what_the_policy_says_is_read(selection):
         choose(cache, target)
         for count in (0, 1, 4, 30):
             target.commit([count])
-            cache.slide(target, 0, count)
+            cache.slide(target.stream(0), 0, count)
             assert cache.lengths[0] == policy.read(target.lengths[0]) == policy.resident(target.lengths[0])
 
 
@@ -130,10 +130,10 @@ def test_choosing_again_is_choosing_from_a_longer_prompt():
     cache = SparseKVCache(SPEC, policy, draft_len=3, batch=1, dtype=torch.float32, device=CPU)
     choose(cache, target)
     target.commit([35])
-    cache.select(target, 0, 90, no_queries)
+    cache.select(target.stream(0), 0, 90, no_queries)
     again = SparseKVCache(SPEC, policy, draft_len=3, batch=1, dtype=torch.float32, device=CPU)
     again.select(numbered_cache([90], 200), 0, 90, no_queries)
-    again.slide(target, 0, 5)
+    again.slide(target.stream(0), 0, 5)
     assert torch.equal(held(cache, target, 0), held(again, target, 0))
 
 
@@ -144,7 +144,7 @@ def test_a_cache_that_slides_into_the_wrong_slots_is_caught():
     choose(cache, target)
     cache._ring_start[0] += 1
     target.commit([3])
-    cache.slide(target, 0, 3)
+    cache.slide(target.stream(0), 0, 3)
     with pytest.raises(AssertionError):
         check_held(held(cache, target, 0), policy, 30, 33)
 

@@ -17,11 +17,11 @@ from planner.profiler.acceptance import replay as stored_replay
 from planner.profiler.acceptance import write_texts
 from planner.profiler.texts import Prompt
 from planner.runtime.decode import cache_capacity, decode
-from planner.runtime.drafters import eagle3, make_drafter, self_sparse
+from planner.runtime.drafters import draft_model, eagle3, make_drafter, self_sparse
 from planner.runtime.drafters.protocol import TargetText
 from planner.runtime.model import prefill
 from planner.runtime.sampling import probabilities
-from planner.specs import DraftConfig, DrafterSpec, Sampler, SparseKV
+from planner.specs import DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV
 
 K, T = 4, 24
 GREEDY, WARM = Sampler(), Sampler(temperature=0.8, top_p=0.9, top_k=20)
@@ -42,13 +42,25 @@ def ngram(draft_len=K):
     return DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=draft_len)
 
 
+def beside(policy, draft_len=K, **drafter):
+    return DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer", **drafter), kv=policy, draft_len=draft_len)
+
+
+OWN_POLICIES = [
+    FullKV(), SparseKV(budget=4, sink=1, recent=2), SparseKV(budget=3, sink=2, recent=1, storage="evict"), SparseKV(budget=20, sink=4, recent=8),
+    SparseKV(budget=500, storage="evict"), SparseKV(budget=21, recent=9, selection="chunk", storage="evict"),
+    SparseKV(budget=40, selection="snapkv", storage="evict"), SparseKV(budget=21, recent=9, selection="retrieval", refresh=3),
+    SparseKV(budget=21, recent=9, selection="chunk", refresh=1), SparseKV(budget=40, selection="snapkv", refresh=7),
+]  # fmt: skip
 EAGLE3 = DraftConfig(drafter=HEAD, draft_len=K)
-CONFIGS = [*map(sparse, POLICIES), ngram(), EAGLE3]
+CONFIGS = [*map(sparse, POLICIES), ngram(), *map(beside, OWN_POLICIES), EAGLE3]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return with_head(tiny_model(seed=5, sharpness=1.1), tmp_path_factory.mktemp("model") / "head")
+    target = tiny_model(seed=5, sharpness=1.1)
+    target.beside["one layer", None] = tiny_model(seed=5, sharpness=1.1, num_layers=1)  # the target's first: it agrees now and then
+    return with_head(target, tmp_path_factory.mktemp("model") / "head")
 
 
 def written(model, prompt, sampler, count=1, output_len=T, seed=0, stop_tokens=()) -> list[TargetText]:
@@ -68,8 +80,8 @@ class Forced:
 
     def __init__(self, monkeypatch):
         self.tokens = []
-        for drafters in (self_sparse, eagle3):
-            monkeypatch.setattr(drafters, "sample", self)
+        for module in (self_sparse, draft_model, eagle3):
+            monkeypatch.setattr(module, "sample", self)
 
     def __call__(self, probs, uniform):
         return torch.tensor([self.tokens.pop(0)])
@@ -138,7 +150,7 @@ def test_replay_of_a_cheaper_drafter_is_what_it_proposes(drafter, kernels, monke
     assert np.abs(replayed - make_drafter(sparse(POLICIES[1]), model).replay(text, K).accept_prob).max() > 0.02  # unlike the target's own weights
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3], CONFIGS[4], *CONFIGS[9:12], EAGLE3], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3], CONFIGS[4], *CONFIGS[9:12], *CONFIGS[13:]], ids=str)
 def test_replay_does_not_depend_on_how_many_tokens_the_rounds_before_committed(model, config, monkeypatch):
     (text,) = written(model, random_prompt(75, seed=2), WARM, seed=1)
     replayed = make_drafter(config, model).replay(text, K)
@@ -148,13 +160,14 @@ def test_replay_does_not_depend_on_how_many_tokens_the_rounds_before_committed(m
         np.testing.assert_allclose(replayed.accept_prob[starts], accept_prob[starts], atol=2e-4)
 
 
-@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3], EAGLE3], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3], CONFIGS[13], CONFIGS[16], EAGLE3], ids=str)
 def test_replaying_in_smaller_passes_changes_nothing(model, config, monkeypatch):
     (text,) = written(model, random_prompt(60), WARM)
     whole = make_drafter(config, model).replay(text, K).accept_prob
     for starts in (1, 7):
         for drafters in (self_sparse, eagle3):
             monkeypatch.setattr(drafters, "STARTS_PER_PASS", starts)
+        monkeypatch.setattr(draft_model, "TOKENS_PER_PASS", starts)
         np.testing.assert_allclose(make_drafter(config, model).replay(text, K).accept_prob, whole, atol=2e-4)
 
 

@@ -6,8 +6,10 @@ import shlex
 import msgspec
 import numpy as np
 import pytest
-from made import FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_s, made_profile
+from made import DRAFT_MODEL, FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_s, made_profile
+from msgspec.structs import replace
 
+from planner.commands.flags import Asked
 from planner.commands.plan import make_config
 from planner.cost.memory import resident_bytes
 from planner.errors import BadInput
@@ -235,9 +237,14 @@ def parsed(line: str) -> dict:
         (budgets(64), GREEDY),
         ([CHUNK], Sampler(temperature=0.7, top_p=0.95, top_k=40)),
         ([(SELF_SPARSE, SparseKV(budget=96, sink=8, recent=16))], WARM),
+        ([(SELF_SPARSE, SparseKV(budget=96, selection="snapkv", refresh=16))], GREEDY),
         ([(NGRAM, FullKV())], GREEDY),
+        ([(DRAFT_MODEL, FullKV())], GREEDY),
+        ([(DRAFT_MODEL, SparseKV(budget=96, storage="evict"))], GREEDY),
+        ([(DRAFT_MODEL, SparseKV(budget=96))], GREEDY),
+        ([(replace(DRAFT_MODEL, dtype="float16", weights="int8"), SparseKV(budget=96, selection="retrieval", refresh=16))], GREEDY),
     ],
-    ids=["window", "chunk", "sinks", "ngram"],
+    ids=["window", "chunk", "sinks", "refresh", "ngram", "draft model", "evict", "retain", "draft model refresh"],
 )
 @pytest.mark.parametrize("accept", [0.0, 4 * FIFTH], ids=["off", "on"])
 def test_the_command_of_a_plan_parses_to_its_choice(drafters, sampler, accept):
@@ -245,7 +252,7 @@ def test_the_command_of_a_plan_parses_to_its_choice(drafters, sampler, accept):
     plan = planned(made_profile(drafters=drafters, samplers=[sampler], accept=always(accept)), workload)
     assert (plan.chosen == PLAIN) == (accept == 0)
     flags = parsed(plan.command)
-    config = make_config(flags["drafter"], flags["kv_budget"], flags["selection"], flags["draft_len"], sink=flags["sink"], recent=flags["recent"])
+    config = make_config(Asked(**{name: flags[name] for name in Asked._fields}))
     assert config == plan.chosen
     assert Sampler(temperature=flags["temperature"], top_p=flags["top_p"], top_k=flags["top_k"]) == sampler
     assert flags["max_new_tokens"] == 33 and flags["model"] == plan.model

@@ -1,13 +1,15 @@
 """Drafters by kind."""
 
 from planner.errors import BadInput
+from planner.runtime.drafters.draft_model import DraftModelDrafter
 from planner.runtime.drafters.eagle3 import EagleDrafter
 from planner.runtime.drafters.ngram import NgramDrafter
 from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import Drafter
 from planner.runtime.drafters.self_sparse import SelfSparseDrafter
+from planner.runtime.eagle_head import EagleHead
 from planner.runtime.model import Transformer
-from planner.specs import DraftConfig, DrafterSpec
+from planner.specs import LOADED, DraftConfig, DrafterSpec
 
 
 def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> Drafter:
@@ -21,12 +23,20 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
             drafter = drafting_model(config.drafter, model)
             return SelfSparseDrafter(drafter, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(drafter))
         case "eagle3":
-            head = model.beside[config.drafter.path, config.drafter.dtype]
+            head = drafting_model(config.drafter, model)
             return EagleDrafter(head, draft_len=config.draft_len, weights_bytes=model.extra_nbytes(head))
+        case "draft_model":
+            return DraftModelDrafter(drafting_model(config.drafter, model), config.kv, model.spec.vocab_size, draft_len=config.draft_len, batch=batch)
 
 
-def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer:
-    """The target, or the cheaper copy of it that a self_sparse drafter runs. BadInput for a vocabulary that cannot be."""
+def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer | EagleHead:
+    """The model that a drafter runs: the one loaded beside the target, or the target or a cheaper copy of it.
+
+    BadInput for a vocabulary that cannot be.
+    """
+    if drafter.kind in LOADED:
+        own = model.beside[drafter.path, drafter.dtype]
+        return own if drafter.weights == "full" else own.cheaper(drafter.weights)
     if drafter.vocab is None:
         return model.cheaper(drafter.weights)
     return model.cheaper(drafter.weights, frequent_tokens(model, drafter.vocab))

@@ -41,7 +41,9 @@ class SelfSparseDrafter:
     def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
         self._context_lens = list(target_cache.lengths)
         for b, history in enumerate(histories):
-            self.cache.select(target_cache, b, self._context_lens[b], queries_of(self.model, history, target_cache, b, self._context_lens[b]))
+            self.cache.select(
+                target_cache.stream(b), b, self._context_lens[b], queries_of(self.model, history, target_cache, b, self._context_lens[b])
+            )
 
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
         B, K = len(histories), max(draft_lens)
@@ -67,9 +69,9 @@ class SelfSparseDrafter:
             length = target_cache.lengths[b]
             chosen_at = self.policy.chosen_at(context_len, length)
             if chosen_at > length - count:
-                self.cache.select(target_cache, b, chosen_at, queries_of(self.model, histories[b], target_cache, b, chosen_at))
+                self.cache.select(target_cache.stream(b), b, chosen_at, queries_of(self.model, histories[b], target_cache, b, chosen_at))
             else:
-                self.cache.slide(target_cache, b, count)
+                self.cache.slide(target_cache.stream(b), b, count)
 
     @torch.inference_mode()
     def replay(self, text: TargetText, draft_len: int) -> Replay:
@@ -92,7 +94,7 @@ class SelfSparseDrafter:
                 hidden = self.model(tokens[reads][None], (L + reads)[None], cache, mask).hidden[0]
                 q = probability_of(self.model.logits(hidden), tokens[judged_on], text.sampler)
                 w = accept_prob_of(text.token_probs[judged_on - 1], q) * inside
-                accept_prob[starts.cpu()] = w.view(-1, K).cpu().numpy()
+                accept_prob[starts.tolist()] = w.view(-1, K).cpu().numpy()
         return Replay(accept_prob, np.full(T - 1, K))
 
     def _rounds(

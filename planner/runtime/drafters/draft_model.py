@@ -1,0 +1,188 @@
+"""A smaller model with the target's vocabulary and a cache of its own, full or sparse.
+
+Its keys are its own: those of the prompt come from its own prefill, those of later tokens from reading them under its
+policy, as drafts or when they are chosen. A token at position p is read with the set that was chosen at
+policy.chosen_at(prompt, p), the budget - F tokens before it, and itself, wherever rounds began: so a text is replayed
+in one pass over it for each choice.
+
+Where a refresh falls into a round, its drafts go on with the set that the round began with, and those accepted behind
+the refresh are read again with the new one. A round thus depends on where it began through nothing but the set in
+force there, and replay passes over draft_len - 1 tokens behind each refresh twice.
+
+When all drafts were accepted, the last one has not been read: the next round's first pass reads it too. That pass is
+as wide as the longest such rest of any stream (2 without a refresh) and, where the cache is sparse, masked.
+"""
+
+from itertools import groupby
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from planner.runtime.drafters.protocol import Draft, Replay, TargetText
+from planner.runtime.drafters.self_sparse import queries_of
+from planner.runtime.kv_cache import KVCache, OwnKVCache, OwnSparseKVCache, SparseKVCache, additive_mask
+from planner.runtime.model import Transformer, prefill
+from planner.runtime.sampling import probabilities, probability_of, sample, uniforms
+from planner.runtime.verify import accept_prob_of
+from planner.specs import FullKV, KVPolicy, Sampler, SparseKV
+
+TOKENS_PER_PASS = 64  # of a replay: bounds its mask and its logits
+
+_prompts: WeakKeyDictionary[Transformer, tuple[list[int], KVCache]] = WeakKeyDictionary()  # the prompt that each drafter prefilled last, for replays
+
+
+class DraftModelDrafter:
+    taps = ()
+
+    def __init__(self, model: Transformer, policy: KVPolicy, vocab_size: int, *, draft_len: int, batch: int):
+        """vocab_size is the target's: published pairs pad theirs differently."""
+        self.model, self.policy, self.vocab_size, self.draft_len, self._batch = model, policy, vocab_size, draft_len, batch
+        self.cache: OwnKVCache | OwnSparseKVCache | None = None  # made at start, which knows how many tokens there may be
+        self._context_lens: list[int] = []
+        self._chosen_at: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self.model.nbytes + (0 if self.cache is None else self.cache.nbytes)
+
+    def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
+        model, options = self.model, {"batch": self._batch, "dtype": self.model.dtype, "device": self.model.device}
+        self._context_lens = [len(history) for history in histories]
+        self._chosen_at = list(self._context_lens)
+        if isinstance(self.policy, FullKV):
+            self.cache = retained = OwnKVCache(model.spec, capacity=target_cache.capacity, **options)
+        else:
+            self.cache, retained = OwnSparseKVCache(model.spec, self.policy, draft_len=self.draft_len, **options), None
+            if self.policy.storage == "retain":
+                self.cache.all = retained = model.new_cache(target_cache.capacity, self._batch)
+        for b, history in enumerate(histories):
+            source = model.new_cache(len(history)) if retained is None else retained.stream(b)
+            prefill(model, self._readable(torch.tensor([history], device=model.device)), source)
+            if isinstance(self.policy, FullKV):
+                self.cache.lengths[b] = len(history)
+            else:
+                self._choose(b, history, len(history), source)
+
+    def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
+        B, K = len(histories), max(draft_lens)
+        device = self.model.device
+        uniform = uniforms(generators, self.draft_len)  # as many whatever is drafted: neighbours must not change what a stream draws
+        if K == 0:
+            return Draft(torch.zeros(B, 0, dtype=torch.long, device=device), torch.zeros(B, 0, self.vocab_size, device=device), draft_lens)
+        position = torch.tensor([len(history) - 1 for history in histories], device=device)
+        hidden = self._catch_up(histories)
+        self.cache.expect_drafts(K - 1)
+        drafted, probs = [], []
+        for i in range(K):
+            probs.append(probabilities(self._logits(hidden), sampler))
+            drafted.append(sample(probs[-1], uniform[:, i]))
+            if i + 1 < K:
+                hidden = self.model(self._readable(drafted[-1][:, None]), position[:, None] + i + 1, self.cache).hidden[:, 0]
+                self.cache.keep_draft()
+        return Draft(torch.stack(drafted, 1), torch.stack(probs, 1), draft_lens)
+
+    def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
+        refresh = None if isinstance(self.policy, FullKV) else self.policy.refresh
+        ends = [len(history) - 1 for history in histories]  # the last token of a history is the next round's first input
+        if refresh is not None:
+            ends = [min(end, chosen_at + refresh) for end, chosen_at in zip(ends, self._chosen_at, strict=True)]
+        self.cache.rewind(ends)
+
+    @torch.inference_mode()
+    def replay(self, text: TargetText, draft_len: int) -> Replay:
+        """Teacher-forced: reading token s judges the drafter on token s+1."""
+        T, L, K = len(text.tokens), len(text.prompt), draft_len
+        own = self._prompt_cache(text.prompt, L + T - 1)
+        accept_prob = np.zeros((T - 1, K), dtype=np.float32)
+        end = L + T - 1  # the last token is read by nobody
+        for committed in [range(L, end)] if isinstance(self.policy, FullKV) else self.policy.choices(L, end):
+            read = range(committed[0], min(committed[-1] + K, end))
+            w = np.pad(self._read(text, own, read, len(committed)), (0, K))
+            accept_prob[committed[0] - L : committed[-1] + 1 - L] = np.lib.stride_tricks.sliding_window_view(w, K)[: len(committed)]
+        return Replay(accept_prob, np.full(T - 1, K))
+
+    def _catch_up(self, histories: list[list[int]]) -> Tensor:  # [B, hidden_size]
+        """Read what is new in the histories; the hidden states at their last tokens."""
+        device, ends = self.model.device, self.cache.ends
+        pieces = [self._pieces(b, range(ends[b], len(history))) for b, history in enumerate(histories)]
+        for number in range(-max(1, *map(len, pieces)), 0):  # all streams end with the last pass
+            work = [own[number] if len(own) >= -number else range(0) for own in pieces]  # a stream without work is padded, as one that has ended is
+            for b, piece in enumerate(work):
+                if piece and self._set_at(b, piece.start) != self._chosen_at[b]:
+                    self._choose(b, histories[b], piece.start, self.cache.all.stream(b))
+            n = max(1, *map(len, work))
+            tokens = [[histories[b][p] for p in piece] + [0] * (n - len(piece)) for b, piece in enumerate(work)]
+            positions = torch.tensor(self.cache.ends, device=device)[:, None] + torch.arange(n, device=device)
+            tokens = self._readable(torch.tensor(tokens, device=device))
+            hidden = self.model(tokens, positions, self.cache, self.cache.window_mask(n)).hidden
+            self.cache.keep([len(piece) for piece in work])
+        last = torch.tensor([max(0, len(piece) - 1) for piece in work], device=device)
+        return hidden[torch.arange(len(work), device=device), last]
+
+    def _pieces(self, b: int, positions: range) -> list[range]:
+        """Positions by the set they are read with."""
+        runs = [list(run) for _, run in groupby(positions, key=lambda position: self._set_at(b, position))]
+        return [range(run[0], run[-1] + 1) for run in runs]
+
+    def _set_at(self, b: int, position: int) -> int:
+        return self._context_lens[b] if isinstance(self.policy, FullKV) else self.policy.chosen_at(self._context_lens[b], position)
+
+    def _choose(self, b: int, history: list[int], end: int, source: KVCache) -> None:
+        """source  one stream that holds the first `end` tokens"""
+        self.cache.choose(source, b, end, queries_of(self.model, self._readable_ids(history), source, 0, end))
+        self._chosen_at[b] = end
+
+    def _read(self, text: TargetText, own: KVCache, read: range, num_committed: int) -> np.ndarray:  # [len(read)]
+        """Chance that what follows each token read is accepted. Of the keys, `own` gets those of the first num_committed."""
+        L, device, policy = len(text.prompt), self.model.device, self.policy
+        history = text.prompt + text.tokens
+        cache = own
+        if isinstance(policy, SparseKV):
+            cache = SparseKVCache(self.model.spec, policy, draft_len=len(read), batch=1, dtype=self.model.dtype, device=device)
+            cache.select(own, 0, read.start, queries_of(self.model, self._readable_ids(history), own, 0, read.start))
+            num_fixed = policy.num_fixed(read.start)
+            before = cache.lengths[0] - num_fixed
+            slot_position = torch.arange(len(read) + before, device=device) + read.start - before  # of the slots behind the fixed ones
+        begin, tokens, found = cache.lengths[0], torch.tensor(history, device=device), []
+        for positions in torch.arange(read.start, read.stop, device=device).split(TOKENS_PER_PASS):
+            mask, n = None, len(positions)
+            if isinstance(policy, SparseKV):
+                held = slot_position[: cache.lengths[0] + n - num_fixed]
+                window = (held <= positions[:, None]) & (held >= positions[:, None] - (policy.budget - num_fixed))  # [n, held]
+                mask = additive_mask(torch.cat([window.new_ones(n, num_fixed), window], 1), cache.keys.dtype)[None, None]
+            hidden = self.model(self._readable(tokens[positions])[None], positions[None], cache, mask).hidden[0]
+            cache.commit([n])
+            q = probability_of(self._logits(hidden), tokens[positions + 1], text.sampler)
+            found.append(accept_prob_of(text.token_probs[positions - L], q))
+        if isinstance(policy, SparseKV):
+            committed = slice(read.start, read.start + num_committed)
+            own.keys[:, 0, :, committed] = cache.keys[:, 0, :, begin : begin + num_committed]
+            own.values[:, 0, :, committed] = cache.values[:, 0, :, begin : begin + num_committed]
+            own.lengths = [committed.stop]
+        return torch.cat(found).cpu().numpy()
+
+    def _prompt_cache(self, prompt: list[int], capacity: int) -> KVCache:
+        """A full cache with the prompt committed: several policies replay one text, and only the first of them prefills."""
+        known = _prompts.get(self.model)
+        if known is None or known[0] != prompt or known[1].capacity < capacity:
+            _prompts.pop(self.model, None)  # before the next is made: there is room for one
+            cache = self.model.new_cache(capacity)
+            prefill(self.model, self._readable(torch.tensor([prompt], device=self.model.device)), cache)
+            known = _prompts[self.model] = prompt, cache
+        known[1].lengths = [len(prompt)]
+        return known[1]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Over the target's vocabulary: padding is cut, or filled up with tokens that are never drafted."""
+        logits = self.model.logits(hidden)
+        return functional.pad(logits, (0, self.vocab_size - logits.shape[-1]), value=-torch.inf)
+
+    def _readable(self, tokens: Tensor) -> Tensor:
+        """A target may write an id of its padding that this model has no row for; what it reads instead costs acceptance only."""
+        return tokens.clamp(max=self.model.spec.vocab_size - 1)
+
+    def _readable_ids(self, history: list[int]) -> list[int]:
+        return [min(token, self.model.spec.vocab_size - 1) for token in history]
