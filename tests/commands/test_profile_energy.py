@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from made import SELF_SPARSE, WARM
+from made import NGRAM, SELF_SPARSE, WARM
 from tiny import prefilled, random_prompt, tiny_model
 
 from planner.commands.profile import Settings, _Timing, latency_cells
@@ -12,10 +12,11 @@ from planner.commands.progress import Silent
 from planner.measurements import Failure
 from planner.profiler import energy, latency
 from planner.profiler.latency import Ground, rounds_room
+from planner.runtime.ranks import Ranks
 from planner.specs import PLAIN, SparseKV, describe
 
 SETTINGS = Settings(
-    contexts=[40], samplers=[WARM], policies=[SparseKV(budget=20, sink=4, recent=8)], max_draft_len=2, drafters=[SELF_SPARSE], batches=[1, 2]
+    contexts=[40], samplers=[WARM], policies=[SparseKV(budget=20, sink=4, recent=8)], max_draft_len=2, drafters=[SELF_SPARSE, NGRAM], batches=[1, 2]
 )
 
 
@@ -37,13 +38,13 @@ def timing(monkeypatch):
 
     def call(read, warnings=(), failures=()):
         @contextmanager
-        def opened(device):
+        def opened(device, num_ranks):
             yield (SimpleNamespace(name="made", read=lambda: read(clock.now)) if read else None), list(warnings)
 
         monkeypatch.setattr(energy, "open_counter", opened)
         grounds = {40: Ground(prompt, *prefilled(model, [prompt], 40 + rounds_room(2)))}
         done = [SimpleNamespace(failures=list(failures), rounds=[])]
-        return _Timing(SimpleNamespace(model=model), grounds, SETTINGS, done).energy(Silent())
+        return _Timing(SimpleNamespace(model=model, ranks=Ranks()), grounds, SETTINGS, done).energy(Silent())
 
     return call
 

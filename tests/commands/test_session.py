@@ -26,7 +26,7 @@ from planner.specs import DrafterSpec
 def tiny_files(monkeypatch):
     """A made-up model in place of the files of a real one."""
 
-    def load(path, dtype, device, rope_theta, max_context_len):
+    def load(path, dtype, device, rope_theta=None, max_context_len=None):
         given = {"rope_theta": rope_theta, "max_context_len": max_context_len}
         checkpoint = tiny_checkpoint(**NATIVE | {name: value for name, value in given.items() if value is not None})
         return checkpoint._replace(tensors={name: tensor.to(dtype) for name, tensor in checkpoint.tensors.items()})

@@ -27,6 +27,7 @@ from tiny import tiny_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import planner
+from planner.commands.flags import Asked
 from planner.commands.profile import Settings
 from planner.errors import BadInput, Unfinished
 from planner.files import journal_path
@@ -297,7 +298,7 @@ def test_a_profile_that_cannot_be_saved_stays_in_its_journal(folder, monkeypatch
 
 SETTINGS = Settings(
     contexts=[24], samplers=[Sampler(temperature=1.0)], policies=[SparseKV(budget=12, sink=2, recent=4), SparseKV(budget=16, sink=2, recent=4)],
-    drafters=[DrafterSpec(kind="self_sparse")], max_draft_len=2, num_texts=10, output_len=16,
+    drafters=[DrafterSpec(kind="self_sparse"), DrafterSpec(kind="ngram")], max_draft_len=2, num_texts=10, output_len=16,
 )  # fmt: skip
 
 
@@ -388,7 +389,7 @@ def test_a_replay_that_runs_out_of_memory_is_reported_and_missing_on_that_text_a
         f"replay of self_sparse window 16 K=2 along text {n} at context 24, temperature 1" for n in (2, 5)
     ]
     save_profile(found, tmp_path / "profile.json")
-    estimate, _ = planner.estimate(tmp_path / "profile.json", drafter="self_sparse", kv_budget=16, draft_len=2, objective="tpot")
+    estimate, _ = planner.estimate(tmp_path / "profile.json", Asked(drafter="self_sparse", kv_budget=16, draft_len=2), objective="tpot")
     assert any("replayed on 8 of 10 texts" in note for note in estimate.notes) and estimate.num_texts == 8
     plan = planner.plan(tmp_path / "profile.json", objective="tpot")
     assert plan.num_candidates == 1 + 2 * 3 and not plan.rejected
