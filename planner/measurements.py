@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from planner.errors import BadInput
 from planner.files import read_bytes, write_whole
-from planner.specs import Count, DeviceSpec, DrafterSpec, DType, KVPolicy, ModelSpec, Positive, Sampler, Size, Spec, Weights
+from planner.specs import Count, DeviceSpec, DrafterSpec, DraftLen, DType, KVPolicy, ModelSpec, Positive, Sampler, Size, Spec, Weights
 
 SCHEMA_VERSION = 1
 
@@ -91,12 +91,12 @@ class RoundSample(Spec, kw_only=True):
 
     drafter: DrafterSpec
     kv: KVPolicy
-    draft_len: Natural
+    draft_len: DraftLen
     context_len: Count  # prompt tokens
     batch: Count = 1  # streams side by side
     role: Literal["cell", "drift"] = "cell"  # drift: the first cell again, at the end
     position: list[Natural]  # committed tokens when the round began, mean over streams
-    drafted: list[Natural]  # by the stream that drafted most: the pass is as wide for all
+    drafted: list[DraftLen]  # by the stream that drafted most: the pass is as wide for all
     draft_s: list[Seconds]  # until the drafts are there
     verify_s: list[Seconds]  # target pass and accept rule, up to the read back to the host
     commit_s: list[Seconds]  # caches and bookkeeping
@@ -120,7 +120,7 @@ class EnergySample(Spec, kw_only=True):
 
     drafter: DrafterSpec
     kv: KVPolicy
-    draft_len: Natural
+    draft_len: DraftLen
     context_len: Count  # prompt tokens
     batch: Count = 1  # streams side by side
     rounds: Count

@@ -11,7 +11,7 @@ from msgspec import Meta
 from planner.files import write_whole
 from planner.measurements import AcceptanceSample, Environment, Name, Natural, Share, encode
 from planner.plans import Interval, Real, Sentence
-from planner.specs import Count, DrafterSpec, DType, KVPolicy, Sampler, Spec, Weights
+from planner.specs import Count, DrafterSpec, DraftLen, DType, KVPolicy, Sampler, Spec, Weights
 
 REPLAY_SCHEMA_VERSION = 1
 
@@ -45,7 +45,7 @@ class ServedText(Spec, kw_only=True):
 class Length(Spec, kw_only=True):
     """One draft_len for all rounds."""
 
-    draft_len: Count
+    draft_len: DraftLen
     tokens_per_round: Interval
     acceptance_rate: Interval | None  # accepted / drafted; None where nothing was ever drafted
     cost: Interval  # per token
@@ -54,7 +54,7 @@ class Length(Spec, kw_only=True):
 class Headroom(Spec, kw_only=True):
     """What choosing draft_len better could gain, in cost per token."""
 
-    draft_len: Natural  # the best fixed one; 0 is off
+    draft_len: DraftLen  # the best fixed one; 0 is off
     fixed: Interval
     rule: Name  # the best adaptive rule
     adaptive: Interval  # of rules tuned on the other half of the lines

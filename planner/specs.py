@@ -14,6 +14,7 @@ from planner.errors import BadInput
 
 Count = Annotated[int, Meta(ge=1, le=2**40)]
 Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes
+DraftLen = Annotated[int, Meta(ge=0, le=1024)]
 Positive = Annotated[float, Meta(gt=0, le=1e15)]
 Factor = Annotated[float, Meta(ge=1, le=1e6)]  # how much longer a text may be
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -311,7 +312,7 @@ class DraftConfig(Spec, kw_only=True):
 
     drafter: DrafterSpec
     kv: KVPolicy = FullKV()  # what the drafter attends to; a drafter without a cache leaves it full
-    draft_len: Annotated[int, Meta(ge=0, le=1024)] = 0
+    draft_len: DraftLen = 0
     tree: None = None  # chains only, so far
 
     def __post_init__(self):

@@ -65,7 +65,8 @@ class Fields:
             raise self.refusal(name, f"must be {one_line(supported)}, nothing else is supported")
 
     def refusal(self, name: str, rule: str) -> BadInput:
-        return BadInput(f"{self.source}: {name} {rule}, got {one_line(self.values.get(name))}")
+        shown = name if len(name) <= 120 else name[:117] + "..."  # a key may be as long as the file
+        return BadInput(f"{self.source}: {shown} {rule}, got {one_line(self.values.get(name))}")
 
     def _required(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
