@@ -168,7 +168,7 @@ def sweep(
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=count, seed=seed)
     device_spec = describe_device(session.model.device)
     header = _SweepRun(
-        planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights, drafters=drafter_models(session, drafters),
+        planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights, draft_models=drafter_models(session, drafters),
         device=device_spec.name, num_cores=device_spec.num_cores, dtype=dtype, execution=session.model.kernels.execution,
         tensor_parallel=session.ranks.size, workload=workload,
         seed=seed, texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
@@ -208,7 +208,7 @@ class _SweepRun(msgspec.Struct, kw_only=True):
     torch: str
     fingerprint: str  # of the model
     weights: Weights
-    drafters: list[DrafterModel]
+    draft_models: list[DrafterModel]
     device: str
     num_cores: int | None
     dtype: str

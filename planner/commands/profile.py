@@ -102,7 +102,7 @@ def measure(
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
     header = _Run(
         planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights,
-        drafters=drafter_models(session, settings.drafters),
+        draft_models=drafter_models(session, settings.drafters),
         device=device.name, num_cores=device.num_cores, dtype=str(session.model.dtype), execution=session.model.kernels.execution,
         tensor_parallel=session.ranks.size, settings=settings._replace(max_minutes=None), group=group,
         texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
@@ -241,7 +241,7 @@ class _Run(msgspec.Struct, kw_only=True):
     torch: str
     fingerprint: str  # of the model
     weights: Weights
-    drafters: list[DrafterModel]
+    draft_models: list[DrafterModel]
     device: str
     num_cores: int | None
     dtype: str
