@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from planner.commands.session import Session, load_drafters, longest_context, open_session
+from planner.commands.session import Session, check_length, load_drafters, open_session
 from planner.errors import BadInput
 from planner.specs import DraftConfig, Execution, Sampler, Weights
 
@@ -42,14 +42,11 @@ def generate(
     if not chat and tokenizer.bos_token is not None:
         tokens = [tokenizer.bos_token, *tokens]
     load_drafters(session, [config.drafter])
-    limit = longest_context(session, [config.drafter])
     if not tokens:
         raise BadInput("a prompt needs at least one token, got an empty one; give --prompt TEXT or --prompt-file FILE")
-    if max_new_tokens < 1 or len(tokens) + max_new_tokens > limit:
-        raise BadInput(
-            f"prompt + output must fit the {limit} tokens of the model and its drafter, got {len(tokens)} + {max_new_tokens}; "
-            "shorten one, or give --max-context and --rope-theta"
-        )
+    if max_new_tokens < 1:
+        raise BadInput(f"there must be at least one token to write, got {max_new_tokens}; raise --max-new-tokens")
+    check_length(session, [config.drafter], len(tokens), max_new_tokens)
     return _pieces(session, tokens, config, sampler, max_new_tokens, seed)
 
 

@@ -164,7 +164,7 @@ def refusal(models: Models, prediction: Prediction, workload: Workload, cap_byte
     if cap_bytes is None or needed <= cap_bytes:
         return None
     config = prediction.estimate.config
-    reason = f"needs {format_bytes(needed)} of {format_bytes(cap_bytes)}"
+    reason = f"needs {format_bytes(needed)} of {format_bytes(cap_bytes)}, {format_bytes(needed - cap_bytes)} too much"
     if isinstance(config.kv, SparseKV):
         largest = largest_budget(models.profile, config, workload, cap_bytes)
         reason += f"; the largest kv_budget that fits is {largest}" if largest else "; no kv_budget fits"
