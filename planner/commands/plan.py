@@ -151,6 +151,8 @@ def _plain_path(path: str) -> str:
 
 def drafter_specs(asked: AskedGrid, weights: str) -> list[DrafterSpec]:
     """Every drafter asked for. weights  of self_sparse where nobody said"""
+    if asked.draft_dtype is not None and not asked.draft_model:
+        raise BadInput(f"--draft-dtype goes with a draft model, got {asked.draft_dtype} without one; give --draft-model or drop it")
     sizes = [None if word == "all" else parse_numbers(word, int, "--drafter-vocabs")[0] for word in words(asked.drafter_vocabs)]
     found = []
     for kind in words(asked.drafters):
@@ -185,6 +187,8 @@ class _Config(msgspec.Struct):
 
 def policies(asked: AskedGrid) -> list[SparseKV]:
     """Every budget and selection asked for; a refresh is for those that choose."""
+    if asked.storage == "evict" and not asked.draft_model:
+        raise BadInput("--storage evict is for a drafter with keys of its own, got none; give --draft-model or drop it")
     found = []
     for selection in words(asked.selections):
         check_selection(selection)

@@ -3,7 +3,7 @@
 import pytest
 
 from planner.commands.flags import Asked, AskedGrid
-from planner.commands.plan import drafter_specs, make_config
+from planner.commands.plan import drafter_specs, make_config, policies
 from planner.errors import BadInput
 from planner.specs import DrafterSpec, FullKV
 
@@ -40,3 +40,11 @@ def test_a_folder_is_the_same_however_it_is_spelled(path):
 def test_flags_that_do_not_go_together_are_refused_with_a_remedy(asked, match):
     with pytest.raises(BadInput, match=match):
         make_config(Asked(**({"draft_len": 0 if asked["drafter"] in ("none", "ngram") else 2} | asked)))
+
+
+def test_flags_of_draft_models_are_refused_in_a_grid_without_one():
+    with pytest.raises(BadInput, match="--storage evict .* give --draft-model or drop it"):
+        policies(AskedGrid(storage="evict"))
+    with pytest.raises(BadInput, match="--draft-dtype goes with a draft model, got float32 without one"):
+        drafter_specs(AskedGrid(draft_dtype="float32"), "full")
+    policies(AskedGrid(storage="evict", draft_model=["small"]))
