@@ -318,7 +318,7 @@ class DraftConfig(Spec, kw_only=True):
     def __post_init__(self):
         kind, sparse = self.drafter.kind, isinstance(self.kv, SparseKV)
         if (kind == "none") != (self.draft_len == 0):
-            raise ValueError(f"draft_len must be 0 without a drafter and at least 1 with one, got {self.draft_len} with {kind}")
+            raise ValueError(f"draft_len must be 0 without a drafter and at least 1 with one, got {self.draft_len} with {kind}; set --draft-len")
         if sparse and kind not in CACHED or not sparse and kind == "self_sparse":
             raise ValueError(
                 f"a kv budget goes with drafter self_sparse, may go with draft_model, and with no other, got drafter {kind} with {describe_kv(self.kv)}"

@@ -275,7 +275,7 @@ def test_the_smallest_budgets_are_accepted(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"drafter": NO_DRAFTER, "draft_len": 4}, "draft_len must be 0 without a drafter and at least 1 with one, got 4 with none"),
+        ({"drafter": NO_DRAFTER, "draft_len": 4}, "draft_len must be 0 without a drafter and at least 1 with one, got 4 with none; set --draft-len"),
         ({"drafter": NGRAM, "draft_len": 0}, "got 0 with ngram"),
         ({"drafter": NGRAM}, "got 0 with ngram"),
         ({"drafter": SELF_SPARSE, "kv": SparseKV(budget=64)}, "got 0 with self_sparse"),

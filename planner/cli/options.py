@@ -52,7 +52,8 @@ HELP = {  # of the fields of Asked and AskedGrid, each a flag
     "draft_len": "Tokens drafted per round.",
     "draft_model": "A drafter's checkpoint: a smaller model of the target's family or an EAGLE-3 head, a folder or a GGUF file.",
     "draft_dtype": "bfloat16, float16 or float32: weights and KV cache of the draft model; default: the target's.",
-    "drafter_weights": "Weights of self_sparse and draft_model: full, int8 or int4, or several of them for a grid.",
+    "drafter_weights": "Weights of self_sparse and draft_model: full, int8 or int4, or several of them for a grid; default: full, but int8 in a grid for "
+    "self_sparse on a CPU.",
     "drafter_vocab": "Tokens that the head of self_sparse knows, the frequent and the special ones; default: all.",
     "drafter_vocabs": "Head sizes of self_sparse in tokens; all keeps the whole vocabulary.",
     "kv_budget": "Tokens that self_sparse or draft_model attends to, sinks and recent window included; default: all, of draft_model.",

@@ -50,6 +50,7 @@ def replay(
     """Acceptance of any drafter, budget and K on text that was already served, and what better choices of K could gain."""
     from planner.commands.check import grid
     from planner.commands.plan import drafter_specs, policies, valid
+    from planner.commands.session import usual_weights
     from planner.files import check_writable
     from planner.replays import save_replay
     from planner.report import terminal
@@ -62,7 +63,7 @@ def replay(
     if temperature is None and (top_p, top_k) != (None, None):
         raise BadInput("--top-p and --top-k go with --temperature, the default of lines without a sampler; add it")
     default = None if temperature is None else valid(Sampler, temperature=temperature, top_p=1.0 if top_p is None else top_p, top_k=top_k or 0)
-    configs = grid(drafter_specs(asked, "full"), policies(asked), [max_draft_len])
+    configs = grid(drafter_specs(asked, usual_weights(device)), policies(asked), [max_draft_len])
     costs_from = profile_path or (DRAFT_COST if draft_cost is None else draft_cost)
     with terminal.progress("replay", quiet=quiet) as progress:
         result = planner.replay(

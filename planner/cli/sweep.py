@@ -57,13 +57,14 @@ def sweep(
     """The brute-force grid that a plan replaces: every configuration run on every text."""
     from planner.commands.check import grid
     from planner.commands.plan import drafter_specs, policies, valid
+    from planner.commands.session import usual_weights
     from planner.files import check_writable
     from planner.plans import save_sweep
     from planner.report import terminal
     from planner.specs import Sampler, Workload
 
     check_writable(out)
-    configs = grid(drafter_specs(asked, "full"), policies(asked), parse_numbers(draft_lens, int, "--draft-lens"))
+    configs = grid(drafter_specs(asked, usual_weights(device)), policies(asked), parse_numbers(draft_lens, int, "--draft-lens"))
     sampler = valid(Sampler, temperature=temperature, top_p=top_p, top_k=top_k)
     workload = Workload(context_len=isl, output_len=osl, sampler=sampler, batch=max_concurrency)
     with journaled(out):

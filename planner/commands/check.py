@@ -9,7 +9,7 @@ import msgspec
 import planner
 from planner.commands.plan import kv_choices, valid
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, check_drafters, drafter_models, load_drafters, longest_context, open_journal, open_session
+from planner.commands.session import Session, check_drafters, check_length, drafter_models, load_drafters, open_journal, open_session
 from planner.errors import BadInput
 from planner.measurements import DrafterModel, fingerprint
 from planner.plans import (
@@ -158,17 +158,13 @@ def sweep(
     arms = list(dict.fromkeys([PLAIN, *configs]))
     drafters = [config.drafter for config in arms]
     load_drafters(session, drafters)
-    limit = longest_context(session, drafters)
-    if workload.context_len + workload.output_len > limit:
-        raise BadInput(
-            f"context + output must fit the {limit} tokens of the model and its drafters, got {workload.context_len} + {workload.output_len}; shorten one, or give --max-context and --rope-theta"
-        )
+    check_length(session, drafters, workload.context_len, workload.output_len)
     environment = read_environment(session.model.device)
     count = _whole_groups(num_texts, workload.batch)
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=count, seed=seed)
     device_spec = describe_device(session.model.device)
     header = _SweepRun(
-        planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights, drafters=drafter_models(session, drafters),
+        planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights, draft_models=drafter_models(session, drafters),
         device=device_spec.name, num_cores=device_spec.num_cores, dtype=dtype, execution=session.model.kernels.execution,
         tensor_parallel=session.ranks.size, workload=workload,
         seed=seed, texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
@@ -208,7 +204,7 @@ class _SweepRun(msgspec.Struct, kw_only=True):
     torch: str
     fingerprint: str  # of the model
     weights: Weights
-    drafters: list[DrafterModel]
+    draft_models: list[DrafterModel]
     device: str
     num_cores: int | None
     dtype: str

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from planner.commands.session import load_drafters, longest_context, open_session
+from planner.commands.session import Session, check_length, load_drafters, open_session
 from planner.errors import BadInput
 from planner.specs import DraftConfig, Execution, Sampler, Weights
 
@@ -33,10 +33,24 @@ def generate(
     max_context_len: int | None = None,
     seed: int = 0,
 ) -> Iterator[Piece]:
-    """Stream a continuation of the prompt: first prefill's token, then a piece per round, then what a cut-off character left."""
+    """Load everything, then stream a continuation of the prompt: first prefill's token, then a piece per round, then what a cut-off character left."""
     session = open_session(
         model, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta, max_context_len=max_context_len
     )
+    tokenizer = session.tokenizer
+    tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    if not chat and tokenizer.bos_token is not None:
+        tokens = [tokenizer.bos_token, *tokens]
+    load_drafters(session, [config.drafter])
+    if not tokens:
+        raise BadInput("a prompt needs at least one token, got an empty one; give --prompt TEXT or --prompt-file FILE")
+    if max_new_tokens < 1:
+        raise BadInput(f"there must be at least one token to write, got {max_new_tokens}; raise --max-new-tokens")
+    check_length(session, [config.drafter], len(tokens), max_new_tokens)
+    return _pieces(session, tokens, config, sampler, max_new_tokens, seed)
+
+
+def _pieces(session: Session, tokens: list[int], config: DraftConfig, sampler: Sampler, max_new_tokens: int, seed: int) -> Iterator[Piece]:
     import torch
 
     from planner.runtime.decode import cache_capacity, decode
@@ -44,18 +58,6 @@ def generate(
     from planner.runtime.model import prefill
 
     tokenizer, runner = session.tokenizer, session.model
-    tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
-    if not chat and tokenizer.bos_token is not None:
-        tokens = [tokenizer.bos_token, *tokens]
-    load_drafters(session, [config.drafter])
-    limit = longest_context(session, [config.drafter])
-    if not tokens:
-        raise BadInput("a prompt needs at least one token, got an empty one; give --prompt TEXT or --prompt-file FILE")
-    if max_new_tokens < 1 or len(tokens) + max_new_tokens > limit:
-        raise BadInput(
-            f"prompt + output must fit the {limit} tokens of the model and its drafter, got {len(tokens)} + {max_new_tokens}; "
-            "shorten one, or give --max-context and --rope-theta"
-        )
     cache = runner.new_cache(cache_capacity(len(tokens), max_new_tokens, config.draft_len))
     logits = prefill(runner, torch.tensor([tokens], device=runner.device), cache)
     rounds = decode(

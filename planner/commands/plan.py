@@ -1,5 +1,6 @@
 """planner plan and planner estimate: from a Profile and a workload to numbers. Does not need torch."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -92,14 +93,14 @@ def estimate(
 
 def make_config(asked: Asked, profiled: Sequence[tuple[DrafterSpec, KVPolicy]] = ()) -> DraftConfig:
     """A configuration from flags. What they leave open is as it was profiled, where that is one thing only."""
-    drafter = drafter_spec(asked.drafter, asked.draft_model, asked.draft_dtype, asked.drafter_weights or "full", asked.drafter_vocab)
-    given = {"path": asked.draft_model, "dtype": asked.draft_dtype, "weights": asked.drafter_weights, "vocab": asked.drafter_vocab}
+    path = asked.draft_model and _plain_path(asked.draft_model)
+    given = {"path": path, "dtype": asked.draft_dtype, "weights": asked.drafter_weights, "vocab": asked.drafter_vocab}
     variants = list(dict.fromkeys(own for own, _ in profiled if own.kind == asked.drafter and _agrees(own, given)))
     if len(variants) > 1:
         names = "; ".join(describe_drafter(variant) for variant in variants)
         flags = "--draft-model, --draft-dtype and --drafter-weights" if asked.drafter in LOADED else "--drafter-weights and --drafter-vocab"
         raise BadInput(f"the profile holds several drafters ({names}); choose one with {flags}")
-    drafter = variants[0] if variants else drafter
+    drafter = variants[0] if variants else drafter_spec(asked.drafter, path, asked.draft_dtype, asked.drafter_weights or "full", asked.drafter_vocab)
     return valid(DraftConfig, drafter=drafter, kv=_policy(asked, [kv for own, kv in profiled if own == drafter]), draft_len=asked.draft_len)
 
 
@@ -110,10 +111,10 @@ def _policy(asked: Asked, profiled: Sequence[KVPolicy]) -> KVPolicy:
         said = [flag for flag, value in flags.items() if value is not None]
         if asked.drafter == "self_sparse":
             raise BadInput("drafter self_sparse needs --kv-budget, the tokens it attends to")
+        if said and asked.drafter in CACHED:
+            raise BadInput(f"{said[0]} goes with a kv budget, got none; give --kv-budget or drop it")
         if said:
-            raise BadInput(
-                f"{said[0]} goes with a kv budget of drafter {' or '.join(CACHED)}, got drafter {asked.drafter}; give --kv-budget or drop it"
-            )
+            raise BadInput(f"{said[0]} goes with drafter {' or '.join(CACHED)}, got drafter {asked.drafter}; drop it")
         return FullKV()
     check_selection(asked.selection)
     # Policies but for their budget; several choices with refresh and without are several.
@@ -134,11 +135,24 @@ def drafter_spec(kind: str, path: str | None, dtype: str | None, weights: str, v
         raise BadInput(f"a drafter is one of {', '.join(kinds)}, got {kind!r}")
     if weights not in get_args(Weights):
         raise BadInput(f"weights of a drafter are one of {', '.join(get_args(Weights))}, got {weights!r}")
+    if kind in LOADED and path is None:
+        raise BadInput(f"drafter {kind} has a checkpoint of its own, got none; give --draft-model PATH")
+    if kind not in LOADED and path is not None:
+        raise BadInput(
+            f"a draft model goes with --drafter {' or '.join(LOADED)}, got drafter {kind} with {path}; give one of them or drop --draft-model"
+        )
     return valid(DrafterSpec, kind=kind, path=path, dtype=dtype, weights=weights, vocab=vocab)
+
+
+def _plain_path(path: str) -> str:
+    """Without what a shell's completion adds: drafters are told apart by it."""
+    return os.path.normpath(path)
 
 
 def drafter_specs(asked: AskedGrid, weights: str) -> list[DrafterSpec]:
     """Every drafter asked for. weights  of self_sparse where nobody said"""
+    if asked.draft_dtype is not None and not asked.draft_model:
+        raise BadInput(f"--draft-dtype goes with a draft model, got {asked.draft_dtype} without one; give --draft-model or drop it")
     sizes = [None if word == "all" else parse_numbers(word, int, "--drafter-vocabs")[0] for word in words(asked.drafter_vocabs)]
     found = []
     for kind in words(asked.drafters):
@@ -148,7 +162,7 @@ def drafter_specs(asked: AskedGrid, weights: str) -> list[DrafterSpec]:
             raise BadInput(f"drafter {kind} is named by its checkpoint, got --drafters {kind}; give --draft-model PATH")
         else:
             found.append(drafter_spec(kind, None, None, "full", None))
-    for path in asked.draft_model:
+    for path in map(_plain_path, asked.draft_model):
         kind = checkpoint_kind(path)
         for bits in words(asked.drafter_weights or "full") if kind == "draft_model" else ["full"]:
             found.append(drafter_spec(kind, path, asked.draft_dtype, bits, None))
@@ -173,6 +187,8 @@ class _Config(msgspec.Struct):
 
 def policies(asked: AskedGrid) -> list[SparseKV]:
     """Every budget and selection asked for; a refresh is for those that choose."""
+    if asked.storage == "evict" and not asked.draft_model:
+        raise BadInput("--storage evict is for a drafter with keys of its own, got none; give --draft-model or drop it")
     found = []
     for selection in words(asked.selections):
         check_selection(selection)

@@ -11,7 +11,7 @@ import msgspec
 import planner
 from planner.commands.plan import kv_choices
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, drafter_models, load_drafters, longest_context, open_journal, open_session, usual_weights, weights_bytes
+from planner.commands.session import Session, check_length, drafter_models, load_drafters, open_journal, open_session, usual_weights, weights_bytes
 from planner.cost.memory import own_cache_bytes
 from planner.errors import BadInput, Unfinished
 from planner.measurements import (
@@ -102,7 +102,7 @@ def measure(
     prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=max(settings.contexts), count=settings.num_texts, seed=settings.seed)
     header = _Run(
         planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights,
-        drafters=drafter_models(session, settings.drafters),
+        draft_models=drafter_models(session, settings.drafters),
         device=device.name, num_cores=device.num_cores, dtype=str(session.model.dtype), execution=session.model.kernels.execution,
         tensor_parallel=session.ranks.size, settings=settings._replace(max_minutes=None), group=group,
         texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
@@ -241,7 +241,7 @@ class _Run(msgspec.Struct, kw_only=True):
     torch: str
     fingerprint: str  # of the model
     weights: Weights
-    drafters: list[DrafterModel]
+    draft_models: list[DrafterModel]
     device: str
     num_cores: int | None
     dtype: str
@@ -293,13 +293,10 @@ def _checked(settings: Settings, session: Session) -> Settings:
             drafting_model(drafter, session.model)  # refuses what the model cannot be made into; and before anything is timed
         if drafter.kind == "self_sparse" and not settings.policies:
             raise BadInput("drafter self_sparse needs a kv budget, got none; give --kv-budgets or leave it out of --drafters")
-    limit = longest_context(session, drafters)
     for context_len in settings.contexts:
-        if context_len < 1 or context_len + settings.output_len > limit:
-            raise BadInput(
-                f"context + output must fit the {limit} tokens of the model and its drafters, got {context_len} + {settings.output_len}; "
-                f"the longest context is {limit - settings.output_len}; beyond it, give --max-context and --rope-theta"
-            )
+        if context_len < 1:
+            raise BadInput(f"a context has at least one token, got {context_len}; change --contexts")
+        check_length(session, drafters, context_len, settings.output_len)
     if settings.num_texts < MIN_TEXTS:
         raise BadInput(f"an interval needs at least {MIN_TEXTS} texts, got {settings.num_texts}; raise --texts")
     if settings.output_len < 16:

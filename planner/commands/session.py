@@ -151,6 +151,18 @@ def longest_context(session: Session, drafters: Sequence[DrafterSpec]) -> int:
     return min([session.model.spec.max_context_len, *(own.spec.max_context_len for own in drafter_models(session, drafters))])
 
 
+def check_length(session: Session, drafters: Sequence[DrafterSpec], prompt_len: int, output_len: int) -> None:
+    """BadInput for a text that the target or a loaded drafter has no positions for."""
+    limit, declared = longest_context(session, drafters), session.model.spec.max_context_len
+    if prompt_len + output_len <= limit:
+        return
+    whose, remedy = "the model", "shorten one, or give --max-context and --rope-theta"
+    if limit < declared:
+        whose = next(own.drafter.path for own in drafter_models(session, drafters) if own.spec.max_context_len == limit)
+        remedy = f"shorten one, or take another draft model (the target has {declared})"
+    raise BadInput(f"prompt + output must fit the {limit} tokens of {whose}, got {prompt_len} + {output_len}; {remedy}")
+
+
 def weights_bytes(session: Session) -> int:
     """Everything loaded: the target, its cheaper copies, and what lies beside it."""
     model = session.model

@@ -13,7 +13,7 @@ import numpy as np
 from planner.cost.round_fit import RoundFits, points_of
 from planner.errors import BadInput
 from planner.measurements import Profile, RoundSample
-from planner.specs import DraftConfig, describe
+from planner.specs import NO_DRAFTER, DraftConfig, describe, describe_drafter
 
 
 class LatencyModel:
@@ -82,7 +82,9 @@ class LatencyModel:
         longest = self._longest[batch].get(config.drafter)
         at = f" at batch {batch}" if len(self._fits) > 1 else ""
         if longest is None:
-            raise BadInput(f"the profile timed no round of {describe(config)}{at}; profile with this drafter")
+            timed = ", ".join(describe_drafter(drafter) for drafter in self._longest[batch] if drafter != NO_DRAFTER)
+            others = f", only of {timed}" if timed else ""
+            raise BadInput(f"the profile timed no round of {describe(config)}{at}{others}; profile with this drafter")
         if config.draft_len > longest:
             raise BadInput(f"rounds were timed up to draft_len {longest}{at}, got {config.draft_len}; profile with --max-draft-len")
 

@@ -22,7 +22,6 @@ from planner.specs import (
     SparseKV,
     Weights,
     Workload,
-    describe_drafter,
 )
 
 
@@ -109,7 +108,8 @@ def drafter_model(profile: Profile, drafter: DrafterSpec) -> DrafterModel:
     """The checkpoint that a profile ran a drafter with."""
     found = next((own for own in profile.drafter_models if own.drafter == drafter), None)
     if found is None:
-        raise BadInput(f"the profile must say what {describe_drafter(drafter)} is, it names no such checkpoint; profile with this drafter")
+        known = ", ".join(f"{own.drafter.kind} {own.drafter.path}" for own in profile.drafter_models) or "none"
+        raise BadInput(f"the profile must hold the checkpoint of {drafter.kind} {drafter.path}, it holds {known}; profile with this drafter")
     return found
 
 

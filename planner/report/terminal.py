@@ -189,8 +189,8 @@ def show_check(check: Check, path: str | Path | None) -> None:
         groups.insert(1, end_to_end)
     if any(cell.measured_price_per_million_tokens is not None for cell in cells):
         price = [
-            Column("predicted\n$ / 1M tokens", lambda cell: _optional(cell.predicted.price_per_million_tokens)),
-            Column("measured\n$ / 1M tokens", lambda cell: _optional(cell.measured_price_per_million_tokens)),
+            Column("predicted\nprice / 1M tokens", lambda cell: _optional(cell.predicted.price_per_million_tokens)),
+            Column("measured\nprice / 1M tokens", lambda cell: _optional(cell.measured_price_per_million_tokens)),
         ]
         groups.insert(1, price)
     if any(cell.measured_joules_per_token is not None for cell in cells):
@@ -388,8 +388,12 @@ def _show_table(
 
 
 def _fold(text: str) -> str:
-    """self_sparse window 512 K=4 on two lines."""
-    return text.replace(" ", "\n", 1) if text.count(" ") > 1 else text
+    """self_sparse window 512 K=4 on two lines, as even as they can be."""
+    words = text.split(" ")
+    if len(words) < 3:
+        return text
+    halves = ((" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words)))
+    return "\n".join(min(halves, key=lambda pair: max(map(len, pair))))
 
 
 def _show_estimates(console: Console, estimates: list[Estimate], roles: Sequence[str] = ()) -> None:
@@ -405,7 +409,7 @@ def _show_estimates(console: Console, estimates: list[Estimate], roles: Sequence
         [Column("TTFT s", lambda row: _range(row[0].ttft_s)), Column("memory", lambda row: _memory(row[0].memory_bytes))],
     ]
     costs = [
-        Column("$ / 1M tokens", lambda row: _optional(row[0].price_per_million_tokens)),
+        Column("price / 1M tokens", lambda row: _optional(row[0].price_per_million_tokens)),
         Column("J / token", lambda row: _optional(row[0].joules_per_token)),
     ]
     known = [column for column in costs if any(column.cell(row) for row in rows)]

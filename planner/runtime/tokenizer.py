@@ -125,7 +125,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _from_folder(path)
     if os.path.isfile(path):
         return _from_gguf(path)
-    raise BadInput(f"a tokenizer must be an existing folder or GGUF file, got {path}; check the path")
+    raise BadInput(f"a model must be an existing folder or GGUF file, got {path}; check the path")
 
 
 # ---- chat templates

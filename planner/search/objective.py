@@ -15,11 +15,11 @@ from scipy.special import ndtri, stdtrit  # not scipy.stats, which is slow to im
 from planner.cost.acceptance import AcceptanceModel, context_weights, fit_acceptance
 from planner.cost.energy import PowerModel, fit_power
 from planner.cost.latency import LatencyModel, fit_latency
-from planner.cost.memory import largest_budget, resident_bytes
+from planner.cost.memory import drafter_model, largest_budget, resident_bytes
 from planner.errors import BadInput
 from planner.measurements import Profile
 from planner.plans import CONFIDENCE, PER_MILLION_TOKENS, Estimate, Interval
-from planner.specs import DraftConfig, Objective, SparseKV, Workload
+from planner.specs import LOADED, DraftConfig, Objective, SparseKV, Workload
 from planner.units import format_bytes
 
 
@@ -52,10 +52,10 @@ def predict(models: Models, config: DraftConfig, workload: Workload, price_per_h
     price_per_hour  of the device, in any currency; with it the estimate has a price
     """
     profile, latency = models.profile, models.latency
-    if workload.context_len + workload.output_len > profile.target.max_context_len:
-        raise BadInput(
-            f"context + output must fit the model's {profile.target.max_context_len} tokens, got {workload.context_len} + {workload.output_len}; shorten one"
-        )
+    own = drafter_model(profile, config.drafter).spec if config.drafter.kind in LOADED else profile.target
+    whose, limit = min(("model", profile.target.max_context_len), ("drafter", own.max_context_len), key=lambda pair: pair[1])
+    if workload.context_len + workload.output_len > limit:
+        raise BadInput(f"context + output must fit the {whose}'s {limit} tokens, got {workload.context_len} + {workload.output_len}; shorten one")
     position = workload.context_len + workload.output_len / 2  # round time is linear in it, so the middle is the mean
     round_s = latency.round_s(config, workload.context_len, position, workload.batch)  # [1 + J, K + 1]
     if config.draft_len == 0:
@@ -164,7 +164,7 @@ def refusal(models: Models, prediction: Prediction, workload: Workload, cap_byte
     if cap_bytes is None or needed <= cap_bytes:
         return None
     config = prediction.estimate.config
-    reason = f"needs {format_bytes(needed)} of {format_bytes(cap_bytes)}"
+    reason = f"needs {format_bytes(needed)} of {format_bytes(cap_bytes)}, {format_bytes(needed - cap_bytes)} too much"
     if isinstance(config.kv, SparseKV):
         largest = largest_budget(models.profile, config, workload, cap_bytes)
         reason += f"; the largest kv_budget that fits is {largest}" if largest else "; no kv_budget fits"

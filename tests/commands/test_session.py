@@ -9,11 +9,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from made import made_profile
-from tiny import NATIVE, native_kernels, tiny_checkpoint
+from tiny import NATIVE, native_kernels, tiny_checkpoint, tiny_model
 
 import planner
 from planner.cli import main
-from planner.commands.session import check_drafters, drafter_models, load_drafters, open_session, weights_bytes
+from planner.commands.session import check_drafters, check_length, drafter_models, load_drafters, open_session, weights_bytes
 from planner.errors import BadInput
 from planner.measurements import save_profile
 from planner.plans import save_plan
@@ -119,6 +119,18 @@ def test_rope_theta_and_the_longest_context_reach_the_model_and_are_remembered()
     assert (session.model.spec.rope_theta, session.model.spec.max_context_len) == (2e5, 9000)
     assert (session.rope_theta, session.max_context_len) == (2e5, 9000)
     assert (opened().rope_theta, opened().max_context_len) == (None, None)
+
+
+def test_a_text_must_fit_the_model_and_its_drafter_and_the_refusal_says_which():
+    session, drafter = opened(execution="eager"), DrafterSpec(kind="draft_model", path="small")
+    longest = session.model.spec.max_context_len
+    session.model.beside["small", None] = tiny_model(max_context_len=100)
+    check_length(session, [], longest - 10, 10)
+    check_length(session, [drafter], 90, 10)
+    with pytest.raises(BadInput, match=f"the {longest} tokens of the model, got {longest} . 10; .* --max-context"):
+        check_length(session, [], longest, 10)
+    with pytest.raises(BadInput, match=rf"the 100 tokens of small, got 91 \+ 10; .* another draft model \(the target has {longest}\)"):
+        check_length(session, [drafter], 91, 10)
 
 
 @pytest.mark.parametrize("verb", ["profile", "sweep", "generate"])

@@ -5,7 +5,7 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from made import FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_s, made_profile
+from made import DRAFT_MODEL, FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_s, made_profile
 
 from planner.cost.renewal import expected_rounds
 from planner.errors import BadInput
@@ -222,6 +222,17 @@ def test_a_workload_that_was_not_profiled_is_refused(models, change, match):
 def test_a_configuration_that_was_not_profiled_is_refused(models, config, match):
     with pytest.raises(BadInput, match=match):
         predict(models, config, workload())
+
+
+def test_a_text_that_is_too_long_for_a_drafter_is_refused_for_that_drafter():
+    profile = made_profile(drafters=[(DRAFT_MODEL, FullKV()), *budgets(64)])
+    short = [msgspec.structs.replace(own, spec=msgspec.structs.replace(own.spec, max_context_len=1040)) for own in profile.drafter_models]
+    models = fit_models(msgspec.structs.replace(profile, drafter_models=short))
+    own = DraftConfig(drafter=DRAFT_MODEL, draft_len=1)
+    predict(models, own, workload(context_len=1024, output_len=16))
+    with pytest.raises(BadInput, match=r"must fit the drafter's 1040 tokens, got 1024 \+ 17"):
+        predict(models, own, workload(context_len=1024, output_len=17))
+    predict(models, sparse(1), workload(context_len=1024, output_len=17))
 
 
 def test_a_cap_names_the_largest_budget_and_that_budget_fits():

@@ -1,0 +1,50 @@
+"""Flags become one configuration, with what was profiled where they leave something open."""
+
+import pytest
+
+from planner.commands.flags import Asked, AskedGrid
+from planner.commands.plan import drafter_specs, make_config, policies
+from planner.errors import BadInput
+from planner.specs import DrafterSpec, FullKV
+
+HEAD, SMALL = DrafterSpec(kind="eagle3", path="head"), DrafterSpec(kind="draft_model", path="folders/small", weights="int8")
+PROFILED = [(HEAD, FullKV()), (SMALL, FullKV())]
+
+
+@pytest.mark.parametrize("drafter", [HEAD, SMALL])
+def test_the_only_checkpoint_of_a_profile_goes_without_saying(drafter):
+    assert make_config(Asked(drafter=drafter.kind, draft_len=2), PROFILED).drafter == drafter
+
+
+@pytest.mark.parametrize("path", ["folders/small/", "./folders/small", "folders//small"])
+def test_a_folder_is_the_same_however_it_is_spelled(path):
+    assert make_config(Asked(drafter="draft_model", draft_model=path, draft_len=2), PROFILED).drafter == SMALL
+    (spec,) = drafter_specs(AskedGrid(drafters="", draft_model=[path, "folders/small"], drafter_weights="int8"), "full")
+    assert spec == SMALL
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ({"drafter": "eagle3"}, "drafter eagle3 has a checkpoint of its own, got none; give --draft-model PATH"),
+        ({"drafter": "none", "draft_model": "small"}, "goes with --drafter draft_model or eagle3, got drafter none with small"),
+        (
+            {"drafter": "eagle3", "draft_model": "head", "kv_budget": 64},
+            "--kv-budget goes with drafter self_sparse or draft_model, got drafter eagle3; drop",
+        ),
+        ({"drafter": "draft_model", "draft_model": "small", "recent": 64}, "--recent goes with a kv budget, got none; give --kv-budget or drop it"),
+        ({"drafter": "ngram"}, "got 0 with ngram; set --draft-len"),
+    ],
+    ids=str,
+)
+def test_flags_that_do_not_go_together_are_refused_with_a_remedy(asked, match):
+    with pytest.raises(BadInput, match=match):
+        make_config(Asked(**({"draft_len": 0 if asked["drafter"] in ("none", "ngram") else 2} | asked)))
+
+
+def test_flags_of_draft_models_are_refused_in_a_grid_without_one():
+    with pytest.raises(BadInput, match="--storage evict .* give --draft-model or drop it"):
+        policies(AskedGrid(storage="evict"))
+    with pytest.raises(BadInput, match="--draft-dtype goes with a draft model, got float32 without one"):
+        drafter_specs(AskedGrid(draft_dtype="float32"), "full")
+    policies(AskedGrid(storage="evict", draft_model=["small"]))
