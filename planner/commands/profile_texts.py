@@ -158,4 +158,5 @@ def _replay_all(model, target_text, configs: list[DraftConfig], where: str) -> t
             failures.append(
                 Failure(cell=f"replay of {describe(config)} along {where}, {describe_sampler(target_text.sampler)}", reason="out of memory")
             )
+    target_text.prompt_caches.clear()  # the group's other texts, and rounds, need the room
     return samples, failures
