@@ -73,6 +73,7 @@ def measure(
     from planner.profiler.device import complaints, describe_device, read_environment
     from planner.profiler.latency import needs_memory
     from planner.profiler.texts import digest, draw_prompts, expand
+    from planner.runtime.weights import dtype_name
 
     settings = checked_settings(settings, session)
     environment = read_environment(session.model.device)
@@ -83,7 +84,7 @@ def measure(
     header = _Run(
         planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights,
         drafters=drafter_models(session, settings.drafters),
-        device=device.name, num_cores=device.num_cores, dtype=str(session.model.dtype), execution=session.model.kernels.execution,
+        device=device.name, num_cores=device.num_cores, dtype=dtype_name(session.model.dtype), execution=session.model.kernels.execution,
         tensor_parallel=session.ranks.size, settings=settings._replace(max_minutes=None), group=group,
         texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
     )  # fmt: skip
@@ -100,9 +101,7 @@ def measure(
         timing = Timing(session, grounds, settings, [entry for entry in done if isinstance(entry, PassDone)])
         known = {entry.key for entry in done if isinstance(entry, TextDone)}
         warnings = []
-        steps = measure_texts(
-            session, prompts, settings, group=group, known=known, deadline=deadline, progress=progress, warnings=warnings
-        )  # fmt: skip
+        steps = measure_texts(session, prompts, settings, group=group, known=known, deadline=deadline, progress=progress, warnings=warnings)
         if not timing.passes:
             finish(timing.run(progress))
         for entry in steps:
@@ -140,13 +139,15 @@ class _Measured(NamedTuple):
 def _profile(
     model: str, session: Session, settings: Settings, device: DeviceSpec, environment: Environment, found: _Measured, warnings: list[str]
 ) -> Profile:
+    from planner.runtime.weights import dtype_name
+
     texts, samples, prefill = _assembled(found.texts, settings)
     return Profile(
         model=model,
         target=session.target,
         target_fingerprint=session.model.fingerprint,
         weights_bytes=session.model.nbytes,
-        dtype=str(session.model.dtype).removeprefix("torch."),
+        dtype=dtype_name(session.model.dtype),
         execution_mode=session.model.kernels.execution,
         weights=session.weights,
         tensor_parallel=session.ranks.size,

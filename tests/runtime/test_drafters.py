@@ -14,6 +14,7 @@ from tiny import HEAD, prefilled, random_prompt, tiny_model, with_head
 from planner.cost.memory import counted_bytes, features_bytes, full_cache_bytes
 from planner.measurements import DrafterModel
 from planner.runtime.drafters import drafting_model, make_drafter
+from planner.runtime.weights import dtype_name
 from planner.specs import LOADED, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, Workload
 
 GREEDY, WARM = Sampler(), Sampler(temperature=0.8, top_p=0.9, top_k=20)
@@ -128,7 +129,7 @@ def test_predicted_bytes_are_those_that_the_drafter_holds(model, config, batch):
     models = []
     if drafter.kind in LOADED:
         small = drafting_model(drafter, model)
-        dtype, size = str(small.dtype).removeprefix("torch."), model.extra_nbytes(small)
+        dtype, size = dtype_name(small.dtype), model.extra_nbytes(small)
         taps = list(getattr(small, "taps", ()))
         models = [DrafterModel(drafter=drafter, spec=small.spec, fingerprint=small.fingerprint, weights_bytes=size, dtype=dtype, taps=taps)]
     profile = made_profile(target=model.spec, weights_bytes=model.nbytes, drafter_models=models)
