@@ -39,8 +39,9 @@ def joint_frequencies(model, config, sampler, drafter=None, runs=4000, batch=100
             draft_len=config.draft_len or 2, sampler=sampler, max_new_tokens=4,
             generators=[torch.Generator().manual_seed(run_index * batch + b) for b in range(batch)],
         )  # fmt: skip
-        texts = list(zip(*([row for row in r.tokens] for r in rounds)))
-        for text in (list(itertools.chain.from_iterable(pieces)) for pieces in texts):
+        three = itertools.islice(rounds, 3)  # the first token's and two more: each emits one token or more
+        for pieces in zip(*(r.tokens for r in three)):
+            text = list(itertools.chain.from_iterable(pieces))
             counts[text[1], text[2]] += 1
     return counts
 

@@ -131,7 +131,7 @@ def installed():
         torch.Generator, torch.tensor = plain
 
 
-NEW_TOKENS, DRAFT_LEN = 10, 3
+NEW_TOKENS, DRAFT_LEN = 8, 3
 SAMPLERS = {"greedy": Sampler(), "warm": Sampler(temperature=0.8, top_p=0.9, top_k=20)}
 CONFIGS = {
     "none": PLAIN,
@@ -145,7 +145,10 @@ CONFIGS = {
     "draft model, window": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, storage="evict"), draft_len=DRAFT_LEN),
     "draft model, retrieval": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, selection="retrieval", refresh=4), draft_len=DRAFT_LEN),
 }  # fmt: skip
-RUNS = [(config, "greedy", [50]) for config in CONFIGS] + [(config, "warm", [70, 33, 51]) for config in CONFIGS]
+KINDS = "none", "ngram", "chunk", "eagle3", "draft model"  # one of each drafter: what a run greedily, or alone, does differently is theirs
+RAGGED = [(config, "warm", [70, 51]) for config in CONFIGS]
+RUNS = [(config, "greedy", [50]) for config in KINDS] + RAGGED
+CHUNK = 64  # of a prefill: every operation is slow here
 
 
 class ForgetsTheDevice(NoDrafter):
@@ -177,7 +180,7 @@ def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sam
     """Texts of a decoding run, and the host reads of each round, the first token's included."""
     model = standin_model(config, sharpness=1.5, device=device, kernels=kernels)
     prompts = [random_prompt(length, seed=length) for length in lengths]
-    cache, logits = prefilled(model, prompts, cache_capacity(max(lengths), NEW_TOKENS, DRAFT_LEN))
+    cache, logits = prefilled(model, prompts, cache_capacity(max(lengths), NEW_TOKENS, DRAFT_LEN), CHUNK)
     drafter = drafter_class(61, model.device) if drafter_class else make_drafter(config, model, batch=len(prompts))
     generators = [torch.Generator(device=model.device).manual_seed(b) for b in range(len(prompts))]
     texts, reads, accepted = [[] for _ in prompts], [], 0
@@ -204,7 +207,7 @@ def replay_of(device: str, config: DraftConfig, sampler: Sampler) -> dict:
     """Acceptance along two texts that the target wrote."""
     model = standin_model(config, sharpness=1.1, device=device)
     prompt = random_prompt(50)
-    cache, logits = prefilled(model, [prompt, prompt], 50 + NEW_TOKENS)
+    cache, logits = prefilled(model, [prompt, prompt], 50 + NEW_TOKENS, CHUNK)
     on_cpu.clear()
     written = write_texts(
         model, cache, [Prompt("kind", "source", 0, 50, prompt)] * 2, 50, logits, sampler, output_len=NEW_TOKENS, stop_tokens=(), seeds=[0, 1]
@@ -242,11 +245,11 @@ def main() -> None:
                     f"{config}, {sampler}, prompts of {lengths}": rounds_of(
                         device, lengths, CONFIGS[config], SAMPLERS[sampler], kernels=GraphKernels(capture=False)
                     )
-                    for config, sampler, lengths in RUNS
+                    for config, sampler, lengths in RAGGED
                 },
                 "replay": {
                     f"{config}, {sampler}": replay_of(device, CONFIGS[config], SAMPLERS[sampler])
-                    for config in CONFIGS if config != "none" for sampler in SAMPLERS
+                    for config in CONFIGS if config != "none" for sampler in (SAMPLERS if config in KINDS else ["warm"])
                 },
                 "wrong": {
                     "cpu index": refusal(cpu_index, device),

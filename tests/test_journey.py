@@ -12,7 +12,7 @@ from tiny import prefilled, random_prompt, tiny_model
 import planner
 from planner.cli import main
 from planner.commands.generate import Piece
-from planner.commands.profile import drafts, latency_cells
+from planner.commands.profile_settings import drafts, latency_cells
 from planner.cost.memory import counted_bytes
 from planner.measurements import save_profile
 from planner.plans import load_plan

@@ -128,12 +128,12 @@ def random_prompt(length: int, seed: int = 0, vocab_size: int = 61) -> list[int]
     return tokens
 
 
-def prefilled(model: Transformer, prompts: list[list[int]], capacity: int):
+def prefilled(model: Transformer, prompts: list[list[int]], capacity: int, chunk: int = 16):
     """A cache with the prompts committed, stream by stream so that lengths may differ, and the logits behind each."""
     cache = model.new_cache(capacity, batch=len(prompts))
     logits = []
     for b, prompt in enumerate(prompts):
         view = cache.stream(b)
-        logits.append(prefill(model, torch.tensor([prompt], device=model.device), view, chunk=16))
+        logits.append(prefill(model, torch.tensor([prompt], device=model.device), view, chunk))
         cache.lengths[b] = view.lengths[0]
     return cache, torch.cat(logits)

@@ -37,7 +37,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Write text with any configuration, streaming; what a plan's last line calls."""
-    from planner.commands.plan import make_config, valid
+    from planner.commands.configs import make_config, valid
     from planner.files import read_bytes
     from planner.report import terminal
     from planner.specs import Sampler

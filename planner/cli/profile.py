@@ -41,8 +41,8 @@ def profile(
     quiet: Quiet = False,
 ) -> None:
     """Measure this device: acceptance by replay, latency by whole rounds. A journal lies beside --out until it is complete."""
-    from planner.commands.plan import drafter_specs, policies, valid
-    from planner.commands.profile import Settings
+    from planner.commands.configs import drafter_specs, policies, valid
+    from planner.commands.profile_settings import Settings
     from planner.commands.session import usual_weights
     from planner.files import check_writable
     from planner.measurements import save_profile

@@ -56,7 +56,7 @@ def sweep(
 ) -> None:
     """The brute-force grid that a plan replaces: every configuration run on every text."""
     from planner.commands.check import grid
-    from planner.commands.plan import drafter_specs, policies, valid
+    from planner.commands.configs import drafter_specs, policies, valid
     from planner.commands.session import usual_weights
     from planner.files import check_writable
     from planner.plans import save_sweep

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 import planner
-from planner.commands.plan import kv_choices, valid
+from planner.commands.configs import kv_choices, valid
 from planner.commands.progress import Progress, Silent
 from planner.commands.session import Session, check_drafters, check_length, drafter_models, load_drafters, open_journal, open_session
 from planner.errors import BadInput

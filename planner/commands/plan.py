@@ -1,41 +1,22 @@
 """planner plan and planner estimate: from a Profile and a workload to numbers. Does not need torch."""
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-import msgspec
-from msgspec.structs import replace
-
-from planner.commands.flags import Asked, AskedGrid
+from planner.commands.configs import make_config, valid
+from planner.commands.flags import Asked
 from planner.errors import BadInput
-from planner.files import read_bytes
 from planner.measurements import Profile, fingerprint, load_profile
 from planner.plans import Estimate, Plan
 from planner.specs import (
-    CACHED,
-    LOADED,
     MAX_PRICE,
     OBJECTIVES,
     PLAIN,
-    DraftConfig,
-    DrafterSpec,
-    FullKV,
-    KVPolicy,
     Objective,
     Sampler,
-    Selection,
-    SparseKV,
-    Weights,
     Workload,
     checked,
-    describe_drafter,
-    describe_kv,
     describe_sampler,
-    usual_storage,
 )  # fmt: skip
-from planner.units import parse_numbers, words
 
 
 def plan(
@@ -89,148 +70,6 @@ def estimate(
     config = make_config(asked, list(dict.fromkeys((sample.drafter, sample.kv) for sample in profile.acceptance)))
     baseline = predict(models, PLAIN, workload, price_per_hour)
     return with_speedup(predict(models, config, workload, price_per_hour), baseline, objective).estimate, baseline.estimate
-
-
-def make_config(asked: Asked, profiled: Sequence[tuple[DrafterSpec, KVPolicy]] = ()) -> DraftConfig:
-    """A configuration from flags. What they leave open is as it was profiled, where that is one thing only."""
-    path = asked.draft_model and _plain_path(asked.draft_model)
-    given = {"path": path, "dtype": asked.draft_dtype, "weights": asked.drafter_weights, "vocab": asked.drafter_vocab}
-    variants = list(dict.fromkeys(own for own, _ in profiled if own.kind == asked.drafter and _agrees(own, given)))
-    if len(variants) > 1:
-        names = "; ".join(describe_drafter(variant) for variant in variants)
-        flags = "--draft-model, --draft-dtype and --drafter-weights" if asked.drafter in LOADED else "--drafter-weights and --drafter-vocab"
-        raise BadInput(f"the profile holds several drafters ({names}); choose one with {flags}")
-    drafter = variants[0] if variants else drafter_spec(asked.drafter, path, asked.draft_dtype, asked.drafter_weights or "full", asked.drafter_vocab)
-    return valid(DraftConfig, drafter=drafter, kv=_policy(asked, [kv for own, kv in profiled if own == drafter]), draft_len=asked.draft_len)
-
-
-def _policy(asked: Asked, profiled: Sequence[KVPolicy]) -> KVPolicy:
-    given = {name: getattr(asked, name) for name in ("selection", "sink", "recent", "refresh", "storage")}
-    if asked.kv_budget is None or asked.drafter not in CACHED:
-        flags = {"--kv-budget": asked.kv_budget} | {f"--{name}": value for name, value in given.items()}
-        said = [flag for flag, value in flags.items() if value is not None]
-        if asked.drafter == "self_sparse":
-            raise BadInput("drafter self_sparse needs --kv-budget, the tokens it attends to")
-        if said and asked.drafter in CACHED:
-            raise BadInput(f"{said[0]} goes with a kv budget, got none; give --kv-budget or drop it")
-        if said:
-            raise BadInput(f"{said[0]} goes with drafter {' or '.join(CACHED)}, got drafter {asked.drafter}; drop it")
-        return FullKV()
-    check_selection(asked.selection)
-    # Policies but for their budget; several choices with refresh and without are several.
-    families = list(dict.fromkeys(replace(kv, budget=2**30) for kv in profiled if isinstance(kv, SparseKV) and _agrees(kv, given)))
-    if len({(kv.selection, kv.refresh, kv.storage) for kv in families}) > 1:
-        names = ", ".join(dict.fromkeys(describe_kv(kv).replace(f" {2**30}", "") for kv in families))
-        raise BadInput(f"the profile holds selections {names}; choose one with --selection, --refresh and --storage")
-    if families:
-        return valid(SparseKV, **(_fields(families[0]) | {"budget": asked.kv_budget}))
-    storage = usual_storage(asked.drafter, asked.refresh)
-    return valid(SparseKV, budget=asked.kv_budget, **({"storage": storage} | {name: value for name, value in given.items() if value is not None}))
-
-
-def drafter_spec(kind: str, path: str | None, dtype: str | None, weights: str, vocab: int | None) -> DrafterSpec:
-    """A drafter, its own rules turned into BadInput."""
-    kinds = get_args(DrafterSpec.__annotations__["kind"])
-    if kind not in kinds:
-        raise BadInput(f"a drafter is one of {', '.join(kinds)}, got {kind!r}")
-    if weights not in get_args(Weights):
-        raise BadInput(f"weights of a drafter are one of {', '.join(get_args(Weights))}, got {weights!r}")
-    if kind in LOADED and path is None:
-        raise BadInput(f"drafter {kind} has a checkpoint of its own, got none; give --draft-model PATH")
-    if kind not in LOADED and path is not None:
-        raise BadInput(
-            f"a draft model goes with --drafter {' or '.join(LOADED)}, got drafter {kind} with {path}; give one of them or drop --draft-model"
-        )
-    return valid(DrafterSpec, kind=kind, path=path, dtype=dtype, weights=weights, vocab=vocab)
-
-
-def _plain_path(path: str) -> str:
-    """Without what a shell's completion adds: drafters are told apart by it."""
-    return os.path.normpath(path)
-
-
-def drafter_specs(asked: AskedGrid, weights: str) -> list[DrafterSpec]:
-    """Every drafter asked for. weights  of self_sparse where nobody said"""
-    if asked.draft_dtype is not None and not asked.draft_model:
-        raise BadInput(f"--draft-dtype goes with a draft model, got {asked.draft_dtype} without one; give --draft-model or drop it")
-    sizes = [None if word == "all" else parse_numbers(word, int, "--drafter-vocabs")[0] for word in words(asked.drafter_vocabs)]
-    found = []
-    for kind in words(asked.drafters):
-        if kind == "self_sparse":
-            found += [drafter_spec(kind, None, None, bits, size) for bits in words(asked.drafter_weights or weights) for size in sizes]
-        elif kind in LOADED:
-            raise BadInput(f"drafter {kind} is named by its checkpoint, got --drafters {kind}; give --draft-model PATH")
-        else:
-            found.append(drafter_spec(kind, None, None, "full", None))
-    for path in map(_plain_path, asked.draft_model):
-        kind = checkpoint_kind(path)
-        for bits in words(asked.drafter_weights or "full") if kind == "draft_model" else ["full"]:
-            found.append(drafter_spec(kind, path, asked.draft_dtype, bits, None))
-    return list(dict.fromkeys(found))
-
-
-def checkpoint_kind(path: str) -> str:
-    """eagle3 for a folder whose config.json says so, else draft_model."""
-    config = Path(path) / "config.json"
-    if not config.is_file():
-        return "draft_model"
-    try:
-        architectures = msgspec.json.decode(read_bytes(config, "config"), type=_Config).architectures
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"{config} must be a model's config.json, got {error}; give another --draft-model") from None
-    return "eagle3" if any("Eagle3" in name for name in architectures or []) else "draft_model"
-
-
-class _Config(msgspec.Struct):
-    architectures: list[str] | None = None
-
-
-def policies(asked: AskedGrid) -> list[SparseKV]:
-    """Every budget and selection asked for; a refresh is for those that choose."""
-    if asked.storage == "evict" and not asked.draft_model:
-        raise BadInput("--storage evict is for a drafter with keys of its own, got none; give --draft-model or drop it")
-    found = []
-    for selection in words(asked.selections):
-        check_selection(selection)
-        refresh = None if selection == "window" else asked.refresh
-        storage = asked.storage or usual_storage("draft_model" if asked.draft_model else "self_sparse", refresh)
-        for budget in parse_numbers(asked.kv_budgets, int, "--kv-budgets"):
-            found.append(valid(SparseKV, budget=budget, sink=asked.sink, recent=asked.recent, selection=selection, refresh=refresh, storage=storage))
-    if asked.refresh is not None and all(kv.refresh is None for kv in found):
-        raise BadInput(f"a refresh is for selections that choose, got --refresh {asked.refresh} with {asked.selections}; add chunk to --selections")
-    return found
-
-
-def check_selection(name: str | None) -> None:
-    if name is not None and name not in get_args(Selection):
-        *names, last = get_args(Selection)
-        raise BadInput(f"a selection is {', '.join(names)} or {last}, got {name!r}")
-
-
-def kv_choices(drafter: DrafterSpec, sparse: Sequence[SparseKV]) -> list[KVPolicy]:
-    """The policies that a drafter can be run with, of those asked for."""
-    match drafter.kind:
-        case "self_sparse":  # reads the target's keys, which stay anyway
-            return list(dict.fromkeys(replace(kv, storage="retain") for kv in sparse))
-        case "draft_model":
-            return [*dict.fromkeys(sparse), FullKV()]
-    return [FullKV()]
-
-
-def _agrees(value: DrafterSpec | SparseKV, given: dict) -> bool:
-    return all(wanted is None or getattr(value, name) == wanted for name, wanted in given.items())
-
-
-def _fields(value: msgspec.Struct) -> dict:
-    return {name: getattr(value, name) for name in value.__struct_fields__}
-
-
-def valid(kind: type, /, **fields):
-    """A value of a kind, its own rules turned into BadInput."""
-    try:
-        return checked(kind(**fields))
-    except ValueError as error:
-        raise BadInput(str(error)) from None
 
 
 def find_workload(

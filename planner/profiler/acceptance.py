@@ -101,4 +101,4 @@ def judge(model: Transformer, cache: KVCache, prompt: list[int], output: list[in
     own_probs = torch.cat(own_probs)
     # Greedy: the text is the argmax by construction; a wide pass in bfloat16 disagrees with the narrow one at near-ties.
     probs = torch.ones_like(own_probs) if sampler.greedy else own_probs
-    return Judged(TargetText(prompt, output, probs, cache, sampler), own_probs)
+    return Judged(TargetText(prompt, output, probs, cache, sampler, {}), own_probs)

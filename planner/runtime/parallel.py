@@ -27,7 +27,7 @@ from planner.runtime.kv_cache import KVCache
 from planner.runtime.linear import Matrix
 from planner.runtime.model import Transformer, build_model
 from planner.runtime.ranks import Ranks
-from planner.runtime.weights import Checkpoint
+from planner.runtime.weights import Checkpoint, dtype_name
 from planner.specs import ModelSpec
 
 BY_VOCABULARY = ("embed_tokens", "lm_head")
@@ -103,7 +103,7 @@ def load_shard(load: Callable[[], Checkpoint], ranks: Ranks) -> tuple[Checkpoint
     def read() -> _Header:
         nonlocal whole
         whole = load()
-        dtype = str(next(iter(whole.tensors.values())).dtype).removeprefix("torch.")
+        dtype = dtype_name(next(iter(whole.tensors.values())).dtype)
         return _Header(spec=whole.spec, fingerprint=whole.fingerprint, dtype=dtype, shapes={n: tuple(t.shape) for n, t in whole.tensors.items()})
 
     header = ranks.first(read, _Header)

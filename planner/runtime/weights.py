@@ -26,10 +26,15 @@ from planner.runtime.gguf_file import GGUFTensor, dequantized, read_gguf
 from planner.runtime.gguf_model import ROPE_FACTORS, gguf_name, gguf_spec
 from planner.runtime.model_spec import Overrides, checked_overrides
 from planner.runtime.safetensors_folder import PICKLE_REMEDY, PICKLE_SUFFIXES, Stored, header_bytes, reading, stored_tensors
-from planner.specs import ModelSpec
+from planner.specs import DType, ModelSpec
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
 FP8 = "F8_E4M3"
+
+
+def dtype_name(dtype: torch.dtype) -> DType:
+    """As specs, profiles and flags spell it."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Checkpoint(NamedTuple):

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 import planner
-from planner.commands.profile import Settings, latency_cells, measure
+from planner.commands.profile import measure
+from planner.commands.profile_settings import Settings, latency_cells
 from planner.commands.session import open_session
 from planner.cost.memory import drafter_weights_bytes, full_cache_bytes
 from planner.errors import BadInput, PlannerError

@@ -7,7 +7,8 @@ import pytest
 from made import NGRAM, SELF_SPARSE, WARM
 from tiny import prefilled, random_prompt, tiny_model
 
-from planner.commands.profile import Settings, _Timing, latency_cells
+from planner.commands.profile_rounds import Timing
+from planner.commands.profile_settings import Settings, latency_cells
 from planner.commands.progress import Silent
 from planner.measurements import Failure
 from planner.profiler import energy, latency
@@ -44,7 +45,7 @@ def timing(monkeypatch):
         monkeypatch.setattr(energy, "open_counter", opened)
         grounds = {40: Ground(prompt, *prefilled(model, [prompt], 40 + rounds_room(2)))}
         done = [SimpleNamespace(failures=list(failures), rounds=[])]
-        return _Timing(SimpleNamespace(model=model, ranks=Ranks()), grounds, SETTINGS, done).energy(Silent())
+        return Timing(SimpleNamespace(model=model, ranks=Ranks()), grounds, SETTINGS, done).energy(Silent())
 
     return call
 

@@ -2,11 +2,12 @@
 
 import json
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from letters import LetterTokenizer
-from made import budgets, made_profile
+from made import DRAFT_MODEL, budgets, made_profile
 from tiny import prefilled, random_prompt, tiny_model
 
 from planner.commands.progress import Silent
@@ -14,7 +15,7 @@ from planner.commands.replay import run_replay
 from planner.commands.session import Session
 from planner.cost.renewal import expected_rounds
 from planner.errors import BadInput
-from planner.measurements import save_profile
+from planner.measurements import load_profile, save_profile
 from planner.profiler.acceptance import replay as stored_replay
 from planner.profiler.acceptance import write_texts
 from planner.profiler.served import read_log
@@ -164,8 +165,8 @@ def test_long_outputs_are_judged_in_passes_that_change_nothing(session, written,
 
 def timed_profile(path, **changes):
     """Rounds of self_sparse at budget 64: 10 ms to verify, 1 ms for each token more, 4 ms to draft one."""
-    options = {"drafters": budgets(64), "contexts": (30, 40), "draft_lens": (1, 2, 3), "max_draft_len": K, "output_len": 9}
-    save_profile(made_profile(round_s=lambda kv, k, context_len: (4e-3 * k, 10e-3 + 1e-3 * k, 0.0), **options, **changes), path)
+    options = {"drafters": budgets(64), "contexts": (30, 40), "draft_lens": (1, 2, 3), "max_draft_len": K, "output_len": 9} | changes
+    save_profile(made_profile(round_s=lambda kv, k, context_len: (4e-3 * k, 10e-3 + 1e-3 * k, 0.0), **options), path)
     return path
 
 
@@ -209,6 +210,18 @@ def test_what_cannot_be_replayed_is_refused_before_the_model_runs(session, writt
         run(session._replace(model=Refuses(session)), logged(tmp_path / "log.jsonl", written[WARM]), **changes)
 
 
+def test_costs_are_those_of_the_draft_model_that_was_profiled(session, written, tmp_path):
+    target = tiny_model(seed=5, sharpness=1.1, max_context_len=100)
+    target.beside[DRAFT_MODEL.path, None] = tiny_model(num_layers=1, max_context_len=100)
+    config, log = DraftConfig(drafter=DRAFT_MODEL, draft_len=K), logged(tmp_path / "log.jsonl", written[WARM])
+    other = timed_profile(tmp_path / "other.json", drafters=[(DRAFT_MODEL, config.kv)])
+    with pytest.raises(BadInput, match="small one was 1111.*this one is 0000"):
+        run(session._replace(model=target), log, [config], costs_from=other)
+    own = msgspec.structs.replace(load_profile(other).drafter_models[0], fingerprint="0" * 16)
+    same = timed_profile(tmp_path / "same.json", drafters=[(DRAFT_MODEL, config.kv)], drafter_models=[own])
+    assert run(session._replace(model=target), log, [config], costs_from=same).groups[0].drafters[0].drafter == DRAFT_MODEL
+
+
 def test_a_log_with_too_few_lines_that_fit_says_why(session, written, tmp_path):
     long = [text._replace(prompt=text.prompt * 4) for text in written[WARM][:3]]
     with pytest.raises(BadInput, match=r"holds 2 that can be replayed \(3 prompt \+ output beyond the model's 100 tokens\)"):
@@ -216,8 +229,6 @@ def test_a_log_with_too_few_lines_that_fit_says_why(session, written, tmp_path):
 
 
 def test_a_replay_is_saved_whole_with_what_every_line_gave(session, written, tmp_path):
-    import msgspec
-
     class Listener(Silent):
         stages, done = {}, {}
 

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import planner
 from planner.commands.flags import Asked
-from planner.commands.profile import Settings
+from planner.commands.profile_settings import Settings
 from planner.errors import BadInput, Unfinished
 from planner.files import journal_path
 from planner.measurements import load_profile, save_profile

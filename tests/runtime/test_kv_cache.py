@@ -10,6 +10,7 @@ from tiny import random_prompt, tiny_model, tiny_spec
 
 from planner.cost.memory import full_cache_bytes, sparse_cache_bytes
 from planner.runtime.kv_cache import KVCache, SparseKVCache
+from planner.runtime.weights import dtype_name
 from planner.specs import CHUNK_SIZE, SparseKV
 
 CPU = torch.device("cpu")
@@ -152,7 +153,7 @@ def test_a_cache_that_slides_into_the_wrong_slots_is_caught():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("selection", ["window", "chunk"])
 def test_bytes_are_the_predicted_ones(dtype, selection):
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     full = KVCache(SPEC, batch=2, capacity=31, dtype=dtype, device=CPU)
     assert full.nbytes == full_cache_bytes(SPEC, name, capacity=31, batch=2)
     policy = SparseKV(budget=48, recent=16, selection=selection)

@@ -9,8 +9,8 @@ import pytest
 from made import DRAFT_MODEL, FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_s, made_profile
 from msgspec.structs import replace
 
+from planner.commands.configs import make_config
 from planner.commands.flags import Asked
-from planner.commands.plan import make_config
 from planner.cost.memory import resident_bytes
 from planner.errors import BadInput
 from planner.plans import Plan

@@ -14,7 +14,6 @@ as wide as the longest such rest of any stream (2 without a refresh) and, where 
 """
 
 from itertools import groupby
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,8 +29,6 @@ from planner.runtime.verify import accept_prob_of
 from planner.specs import FullKV, KVPolicy, Sampler, SparseKV
 
 TOKENS_PER_PASS = 64  # of a replay: bounds its mask and its logits
-
-_prompts: WeakKeyDictionary[Transformer, tuple[list[int], KVCache]] = WeakKeyDictionary()  # the prompt that each drafter prefilled last, for replays
 
 
 class DraftModelDrafter:
@@ -95,7 +92,7 @@ class DraftModelDrafter:
     def replay(self, text: TargetText, draft_len: int) -> Replay:
         """Teacher-forced: reading token s judges the drafter on token s+1."""
         T, L, K = len(text.tokens), len(text.prompt), draft_len
-        own = self._prompt_cache(text.prompt, L + T - 1)
+        own = self._prompt_cache(text)
         accept_prob = np.zeros((T - 1, K), dtype=np.float32)
         end = L + T - 1  # the last token is read by nobody
         for committed in [range(L, end)] if isinstance(self.policy, FullKV) else self.policy.choices(L, end):
@@ -164,16 +161,16 @@ class DraftModelDrafter:
             own.lengths = [committed.stop]
         return torch.cat(found).cpu().numpy()
 
-    def _prompt_cache(self, prompt: list[int], capacity: int) -> KVCache:
-        """A full cache with the prompt committed: several policies replay one text, and only the first of them prefills."""
-        known = _prompts.get(self.model)
-        if known is None or known[0] != prompt or known[1].capacity < capacity:
-            _prompts.pop(self.model, None)  # before the next is made: there is room for one
-            cache = self.model.new_cache(capacity)
+    def _prompt_cache(self, text: TargetText) -> KVCache:
+        """A full cache with the prompt committed and room for the text; what an earlier policy wrote behind it is overwritten."""
+        prompt = text.prompt
+        if self.model not in text.prompt_caches:
+            cache = self.model.new_cache(len(prompt) + len(text.tokens) - 1)
             prefill(self.model, self._readable(torch.tensor([prompt], device=self.model.device)), cache)
-            known = _prompts[self.model] = prompt, cache
-        known[1].lengths = [len(prompt)]
-        return known[1]
+            text.prompt_caches[self.model] = cache
+        cache = text.prompt_caches[self.model]
+        cache.truncate(len(prompt))
+        return cache
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Over the target's vocabulary: padding is cut, or filled up with tokens that are never drafted."""

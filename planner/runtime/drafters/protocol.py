@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from planner.runtime.kv_cache import KVCache
+from planner.runtime.model import Transformer
 from planner.specs import Sampler
 
 
@@ -32,6 +33,7 @@ class TargetText(NamedTuple):
     token_probs: Tensor  # [T-1] float32: the target's probability of token t+1 after the sampler, 1 when greedy
     cache: KVCache  # one stream, prompt and tokens 0..T-2 committed
     sampler: Sampler
+    prompt_caches: dict[Transformer, KVCache]  # of draft models that were replayed along it: several policies share one prefill
 
 
 class Replay(NamedTuple):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from planner.commands.configs import drafter_specs, make_config, policies
 from planner.commands.flags import Asked, AskedGrid
-from planner.commands.plan import drafter_specs, make_config, policies
 from planner.errors import BadInput
 from planner.specs import DrafterSpec, FullKV
 

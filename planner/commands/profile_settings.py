@@ -1,0 +1,95 @@
+"""What a profile is to measure, checked against the model; and the cells that follow from it."""
+
+from typing import NamedTuple
+
+from planner.commands.configs import kv_choices
+from planner.commands.session import Session, check_length, load_drafters, usual_weights
+from planner.errors import BadInput
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, checked
+
+MIN_TEXTS = 4  # kept whatever --max-minutes says: below, an interval means nothing
+
+
+class Settings(NamedTuple):
+    """What to measure. Lengths in tokens."""
+
+    contexts: list[int]
+    samplers: list[Sampler]
+    policies: list[SparseKV]
+    drafters: list[DrafterSpec] | None = None  # None: self_sparse, in int8 on a CPU and with the target's weights elsewhere, and ngram
+    max_draft_len: int = 8
+    num_texts: int = 16
+    output_len: int = 128
+    seed: int = 0
+    max_minutes: float | None = None
+    batches: list[int] = [1]  # streams side by side, to time rounds at; texts are written and replayed once for all
+
+
+def checked_settings(settings: Settings, session: Session) -> Settings:
+    from planner.runtime.drafters import drafting_model
+
+    drafters = settings.drafters
+    if drafters is None:
+        drafters = [DrafterSpec(kind="self_sparse", weights=usual_weights(str(session.model.device))), DrafterSpec(kind="ngram")]
+    drafters = list(dict.fromkeys(drafter for drafter in drafters if drafter.kind != "none"))
+    load_drafters(session, drafters)
+    for drafter in drafters:
+        if drafter.kind != "ngram":
+            drafting_model(drafter, session.model)  # refuses what the model cannot be made into; and before anything is timed
+        if drafter.kind == "self_sparse" and not settings.policies:
+            raise BadInput("drafter self_sparse needs a kv budget, got none; give --kv-budgets or leave it out of --drafters")
+    for context_len in settings.contexts:
+        if context_len < 1:
+            raise BadInput(f"a context has at least one token, got {context_len}; change --contexts")
+        check_length(session, drafters, context_len, settings.output_len)
+    if settings.num_texts < MIN_TEXTS:
+        raise BadInput(f"an interval needs at least {MIN_TEXTS} texts, got {settings.num_texts}; raise --texts")
+    if settings.output_len < 16:
+        raise BadInput(f"a text needs at least 16 tokens, got {settings.output_len}; raise --output-len")
+    if not 1 <= settings.max_draft_len <= 64:
+        raise BadInput(f"max_draft_len must lie in 1..64, got {settings.max_draft_len}")
+    if not settings.batches or min(settings.batches) < 1:
+        raise BadInput(f"a batch counts streams and must be at least 1, got {settings.batches}; give --batches 1,4,8")
+    if settings.max_minutes is not None and not settings.max_minutes > 0:
+        raise BadInput(f"--max-minutes must be positive, got {settings.max_minutes:g}")
+    return settings._replace(
+        drafters=drafters,
+        contexts=sorted(set(settings.contexts)),
+        batches=sorted(set(settings.batches)),
+        samplers=[checked(sampler) for sampler in settings.samplers],
+        policies=[checked(policy) for policy in settings.policies],
+    )
+
+
+def drafts(settings: Settings) -> list[DraftConfig]:
+    """The drafters and policies to replay, each at the longest draft_len."""
+    return [
+        DraftConfig(drafter=drafter, kv=kv, draft_len=settings.max_draft_len)
+        for drafter in settings.drafters
+        for kv in kv_choices(drafter, settings.policies)
+    ]
+
+
+def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
+    """Where rounds are timed: plain; the smallest cache at several widths, the largest at fewer; n-gram at the widest.
+
+    Policies of one budget run the same kernels on caches of the same size, so one selection stands for all. Verifying is
+    the same for every drafter, so those after the first are timed at three places. A batch above 1 does without K = 2:
+    its cells take longer, and there may be many batches.
+    """
+    K = settings.max_draft_len
+    middle = (K + 1) // 2
+    cells = [PLAIN, *(DraftConfig(drafter=drafter, draft_len=K) for drafter in settings.drafters if drafter.kind == "ngram")]
+    by_read = {
+        drafter: sorted(kv_choices(drafter, settings.policies), key=lambda kv: kv.read(max(settings.contexts)))
+        for drafter in settings.drafters
+        if drafter.kind not in ("none", "ngram")
+    }
+    for number, (drafter, kvs) in enumerate((drafter, kvs) for drafter, kvs in by_read.items() if kvs):
+        smallest, largest = kvs[0], kvs[-1]
+        at_smallest = sorted({1, middle, K} | ({min(2, K)} if batch == 1 else set())) if number == 0 else sorted({1, middle})
+        at_largest = sorted({1, middle, K}) if number == 0 else [K]
+        cells += [DraftConfig(drafter=drafter, kv=smallest, draft_len=k) for k in at_smallest]
+        if number or largest != smallest:
+            cells += [DraftConfig(drafter=drafter, kv=largest, draft_len=k) for k in at_largest]
+    return list(dict.fromkeys(cells))
