@@ -355,6 +355,11 @@ class Workload(Spec, kw_only=True):
     batch: Count = 1  # streams that run side by side, --max-concurrency
 
 
+def selection_of(kv: KVPolicy) -> Selection | None:
+    """How a policy chooses; None where there is nothing to choose."""
+    return kv.selection if isinstance(kv, SparseKV) else None
+
+
 def describe_kv(kv: KVPolicy) -> str:
     """A policy in a few words."""
     if isinstance(kv, FullKV):

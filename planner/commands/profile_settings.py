@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from planner.commands.configs import kv_choices
 from planner.commands.session import Session, check_length, load_drafters, usual_weights
 from planner.errors import BadInput
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, checked
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, KVPolicy, Sampler, SparseKV, checked, selection_of
 
 MIN_TEXTS = 4  # kept whatever --max-minutes says: below, an interval means nothing
 
@@ -73,15 +75,16 @@ def drafts(settings: Settings) -> list[DraftConfig]:
 def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
     """Where rounds are timed: plain; the smallest cache at several widths, the largest at fewer; n-gram at the widest.
 
-    Policies of one budget run the same kernels on caches of the same size, so one selection stands for all. Verifying is
-    the same for every drafter, so those after the first are timed at three places. A batch above 1 does without K = 2:
-    its cells take longer, and there may be many batches.
+    Policies of one budget run the same kernels on caches of the same size, so one selection stands for all; the others are
+    timed once, for what choosing takes. None is timed with a refresh, which a few rounds may or may not meet: it costs a
+    choice every so many tokens. Verifying is the same for every drafter, so those after the first are timed at three
+    places. A batch above 1 does without K = 2: its cells take longer, and there may be many batches.
     """
     K = settings.max_draft_len
     middle = (K + 1) // 2
     cells = [PLAIN, *(DraftConfig(drafter=drafter, draft_len=K) for drafter in settings.drafters if drafter.kind == "ngram")]
     by_read = {
-        drafter: sorted(kv_choices(drafter, settings.policies), key=lambda kv: kv.read(max(settings.contexts)))
+        drafter: sorted(map(_unrefreshed, kv_choices(drafter, settings.policies)), key=lambda kv: kv.read(max(settings.contexts)))
         for drafter in settings.drafters
         if drafter.kind not in ("none", "ngram")
     }
@@ -92,4 +95,11 @@ def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
         cells += [DraftConfig(drafter=drafter, kv=smallest, draft_len=k) for k in at_smallest]
         if number or largest != smallest:
             cells += [DraftConfig(drafter=drafter, kv=largest, draft_len=k) for k in at_largest]
+        by_selection = {selection_of(kv): kv for kv in reversed(kvs)} if batch == min(settings.batches) else {}
+        others = by_selection.keys() - {selection_of(kv) for kv in (smallest, largest)}
+        cells += [DraftConfig(drafter=drafter, kv=kv, draft_len=1) for selection, kv in by_selection.items() if selection in others]
     return list(dict.fromkeys(cells))
+
+
+def _unrefreshed(kv: KVPolicy) -> KVPolicy:
+    return replace(kv, refresh=None) if isinstance(kv, SparseKV) else kv

@@ -13,7 +13,7 @@ import numpy as np
 from planner.cost.round_fit import RoundFits, points_of
 from planner.errors import BadInput
 from planner.measurements import Profile, RoundSample
-from planner.specs import NO_DRAFTER, DraftConfig, describe, describe_drafter
+from planner.specs import NO_DRAFTER, DraftConfig, describe, describe_drafter, selection_of
 
 
 class LatencyModel:
@@ -25,8 +25,10 @@ class LatencyModel:
         self.drift = _drift(profile)
         self.unsteadiness = max(abs(self.drift), float(np.std(pace, ddof=1)) if len(pace) > 1 else 0.0)  # relative, common to all rounds of a moment
         self._prefill = {sample.context_len: np.array(sample.seconds) for sample in profile.prefill}
-        self._start_s = {drafter: _start_s([x for x in samples if x.drafter == drafter]) for drafter in {x.drafter for x in samples}}  # by context
-        self.max_draft_len = {drafter: max(x.draft_len for x in samples if x.drafter == drafter) for drafter in self._start_s}
+        self.max_draft_len = {drafter: max(x.draft_len for x in samples if x.drafter == drafter) for drafter in {x.drafter for x in samples}}
+        self._start_s = {drafter: _start_s([x for x in samples if x.drafter == drafter]) for drafter in self.max_draft_len}  # by context
+        ways = {(x.drafter, selection_of(x.kv)) for x in samples}
+        self._start_s |= {way: _start_s([x for x in samples if (x.drafter, selection_of(x.kv)) == way]) for way in ways}
 
         by_batch = {batch: [x for x in samples if x.batch == batch] for batch in sorted({x.batch for x in samples if x.draft_len == 0})}
         self._fits, self._longest = {}, {}  # by batch; a batch at which plain decoding failed has no baseline and is left out
@@ -72,7 +74,20 @@ class LatencyModel:
         nearest = min(max(context_len, min(self._prefill)), max(self._prefill))  # in proportion outside of the contexts
         prefill = _at_context({c: float(seconds.mean()) for c, seconds in self._prefill.items()}, nearest) * context_len / nearest
         spread = max(float(np.std(seconds / seconds.mean())) for seconds in self._prefill.values())
-        return prefill + _at_context(self._start_s[config.drafter], context_len), prefill * spread
+        return prefill + self._start(config, context_len), prefill * spread
+
+    def choice_s(self, config: DraftConfig, context_len: int) -> float | None:
+        """Seconds to choose once what a sparse cache keeps, which a refresh does again; None where it was not timed by itself.
+
+        A draft model reads the prompt before it chooses, and both were timed together.
+        """
+        if config.drafter.kind != "self_sparse":
+            return None
+        return max(0.0, self._start(config, context_len) - _at_context(self._start_s[NO_DRAFTER], context_len))
+
+    def _start(self, config: DraftConfig, context_len: int) -> float:
+        """A drafter's own prefill, its choice and the first token; of its other selections where this one was not timed."""
+        return _at_context(self._start_s.get((config.drafter, selection_of(config.kv)), self._start_s[config.drafter]), context_len)
 
     def _weights(self, batch: int) -> tuple[dict[int, float], list[str]]:
         return batch_weights(list(self._fits), batch)

@@ -65,8 +65,10 @@ def predict(models: Models, config: DraftConfig, workload: Workload, price_per_h
     else:
         strata, notes = models.acceptance.strata(config, workload)
         by_width = [_by_width(s.rounds.by_drafted, workload.batch) for s in strata]
-        per_text = [(s.weight, s.rounds.texts, widths @ round_s[0]) for s, widths in zip(strata, by_width, strict=True)]
-        means = sum(s.weight * (widths.mean(0) @ round_s.T) for s, widths in zip(strata, by_width, strict=True))
+        refresh_s, more = _refresh_s(latency, config, workload)
+        notes = notes + more
+        per_text = [(s.weight, s.rounds.texts, widths @ round_s[0] + refresh_s) for s, widths in zip(strata, by_width, strict=True)]
+        means = sum(s.weight * (widths.mean(0) @ round_s.T) for s, widths in zip(strata, by_width, strict=True)) + refresh_s
         rounds = [(s.weight, s.rounds.by_drafted.sum(1), s.rounds.chance) for s in strata]
         rounds_per_token = float(sum(w * r.mean() for w, r, _ in rounds))
         text_variance = sum(w**2 * _variance_of_mean(tpot) for w, _, tpot in per_text)
@@ -108,6 +110,18 @@ def predict(models: Models, config: DraftConfig, workload: Workload, price_per_h
         price_per_million_tokens=None if price_per_hour is None else seconds("price").scaled(price_per_hour * PER_MILLION_TOKENS),
     )
     return Prediction(estimate, workload, per_text, means[1:], error)
+
+
+def _refresh_s(latency: LatencyModel, config: DraftConfig, workload: Workload) -> tuple[float, list[str]]:
+    """Seconds per token that choosing again takes: streams choose one after the other, and all wait. And what is not known of it."""
+    if not isinstance(config.kv, SparseKV) or config.kv.refresh is None:
+        return 0.0, []
+    choice_s = latency.choice_s(config, workload.context_len)
+    if choice_s is None:
+        return 0.0, [
+            f"a choice every {config.kv.refresh} tokens is not in these times: a draft model's was not timed by itself; run it (planner check)"
+        ]
+    return workload.batch * choice_s / config.kv.refresh, []
 
 
 def with_speedup(prediction: Prediction, baseline: Prediction, objective: Objective) -> Prediction:

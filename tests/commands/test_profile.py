@@ -133,6 +133,20 @@ def test_a_batch_needs_fewer_cells():
     assert [cell.draft_len for cell in latency_cells(settings, 4)] == [0, 8, 1, 4, 8, 1, 4, 8]
 
 
+def test_every_selection_is_timed_once_and_none_with_a_refresh():
+    window, snapkv, retrieval = (SparseKV(budget=64, selection=name) for name in ("window", "snapkv", "retrieval"))
+    policies = [
+        window,
+        snapkv,
+        SparseKV(budget=128, selection="snapkv"),
+        SparseKV(budget=64, selection="retrieval", refresh=16),
+        SparseKV(budget=256),
+    ]
+    settings = SETTINGS._replace(policies=policies, batches=[1, 4], contexts=[512])
+    assert [cell.kv for cell in latency_cells(settings)[-2:]] == [snapkv, retrieval]
+    assert {cell.kv for cell in latency_cells(settings, 4)} == {PLAIN.kv, window, SparseKV(budget=256)}
+
+
 @pytest.mark.parametrize(
     ("batches", "match"), [([], "at least 1"), ([0, 4], "at least 1"), ([1, 10**7], "largest batch that fits is .*lower --batches")]
 )

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 from made import DRAFT_MODEL, FIFTH, GREEDY, NGRAM, SELF_SPARSE, WARM, budgets, linear_round_s, made_profile
+from msgspec.structs import replace
 
 from planner.cost.renewal import expected_rounds
 from planner.errors import BadInput
@@ -295,3 +296,27 @@ def test_a_text_that_one_of_two_configurations_lacks_does_not_cancel_in_their_di
         scatter.append(np.var(own, ddof=1) / len(own) + np.var(other, ddof=1) / 8 - 2 * covariance / 8)
     assert spread == pytest.approx(scatter)
     assert spread[0] < 0.01 * spread[1] and spread[1] < spread[2] < spread[3]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_choosing_again_costs_every_token_its_share_of_a_choice(batch):
+    """A prompt's choice takes 50 ms here, so with a refresh every 25 tokens each pays 2 ms more, and waits for its neighbours' too."""
+    once, again = (SparseKV(budget=64, selection="retrieval", refresh=refresh) for refresh in (None, 25))
+    profile = made_profile(drafters=[(SELF_SPARSE, once), (SELF_SPARSE, again)], batches={1: linear_round_s, 4: linear_round_s})
+    rounds = [
+        replace(sample, start_s=[0.05 + (0.001 if sample.draft_len else -0.049)] * len(sample.start_s))
+        for sample in profile.rounds if getattr(sample.kv, "refresh", None) is None
+    ]  # fmt: skip
+    models = fit_models(replace(profile, rounds=rounds))
+    chosen_once, chosen_again = (
+        predict(models, DraftConfig(drafter=SELF_SPARSE, kv=kv, draft_len=2), workload(batch=batch)).estimate for kv in (once, again)
+    )
+    assert chosen_again.tpot_s.value - chosen_once.tpot_s.value == pytest.approx(batch * 0.05 / 25)
+    assert chosen_again.tokens_per_round == chosen_once.tokens_per_round
+
+
+def test_a_draft_model_that_chooses_again_says_what_its_times_leave_out():
+    kv = SparseKV(budget=64, selection="chunk", refresh=16)
+    models = fit_models(made_profile(drafters=[(DRAFT_MODEL, kv)]))
+    estimate = predict(models, DraftConfig(drafter=DRAFT_MODEL, kv=kv, draft_len=2), workload()).estimate
+    assert any("a choice every 16 tokens is not in these times" in note for note in estimate.notes)
