@@ -2,7 +2,7 @@
 
 SmolLM2-135M as its own drafter, with its own weights, on real texts: window, chunk, snapkv, and retrieval with refresh,
 each replayed along the same continuations, so that policies differ by what they keep and by nothing else. Intervals are
-90 %, over texts. + and - mark cells that differ from window beyond the interval of the paired difference. About 40 minutes
+90 %, over texts. + and - mark cells that differ from window beyond the interval of the paired difference. About 50 minutes
 on two cores; what is finished stands in --journal, and --resume goes on from it.
 """
 
