@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from planner.runtime.drafters.protocol import Draft, Replay, TargetText
+from planner.runtime.drafters.protocol import Draft, Replay, TargetText, no_draft
 from planner.runtime.drafters.self_sparse import queries_of
 from planner.runtime.kv_cache import KVCache, OwnKVCache, OwnSparseKVCache, SparseKVCache, additive_mask
 from planner.runtime.model import Transformer, prefill
@@ -68,7 +68,7 @@ class DraftModelDrafter:
         device = self.model.device
         uniform = uniforms(generators, self.draft_len)  # as many whatever is drafted: neighbours must not change what a stream draws
         if K == 0:
-            return Draft(torch.zeros(B, 0, dtype=torch.long, device=device), torch.zeros(B, 0, self.vocab_size, device=device), draft_lens)
+            return no_draft(B, self.vocab_size, device)
         position = torch.tensor([len(history) - 1 for history in histories], device=device)
         hidden = self._catch_up(histories)
         self.cache.expect_drafts(K - 1)

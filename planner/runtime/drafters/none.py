@@ -2,7 +2,7 @@
 
 import torch
 
-from planner.runtime.drafters.protocol import Draft
+from planner.runtime.drafters.protocol import Draft, no_draft
 from planner.runtime.kv_cache import KVCache
 from planner.specs import Sampler
 
@@ -18,9 +18,7 @@ class NoDrafter:
         pass
 
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
-        B = len(histories)
-        tokens = torch.zeros(B, 0, dtype=torch.long, device=self.device)
-        return Draft(tokens, torch.zeros(B, 0, self.vocab_size, device=self.device), [0] * B)
+        return no_draft(len(histories), self.vocab_size, self.device)
 
     def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
         pass

@@ -22,6 +22,11 @@ class Draft(NamedTuple):
     lens: list[int]  # tokens really drafted per stream, 0..K
 
 
+def no_draft(batch: int, vocab_size: int, device: torch.device) -> Draft:
+    """The proposal of a round in which no stream drafts."""
+    return Draft(torch.zeros(batch, 0, dtype=torch.long, device=device), torch.zeros(batch, 0, vocab_size, device=device), [0] * batch)
+
+
 class TargetText(NamedTuple):
     """A continuation that the target wrote under a sampler, with the cache it wrote it with.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from planner.runtime import kv_select
-from planner.runtime.drafters.protocol import Draft, Replay, TargetText
+from planner.runtime.drafters.protocol import Draft, Replay, TargetText, no_draft
 from planner.runtime.kv_cache import KVCache, SparseKVCache, additive_mask
 from planner.runtime.model import Transformer
 from planner.runtime.sampling import probabilities, probability_of, sample, uniforms
@@ -61,7 +61,7 @@ class SelfSparseDrafter:
             drafted.append(tokens)
         self.cache.lengths = committed  # the drafts' own keys and values end with the round
         if K == 0:
-            return Draft(tokens.new_zeros(B, 0), torch.zeros(B, 0, self.model.spec.vocab_size, device=device), draft_lens)
+            return no_draft(B, self.model.spec.vocab_size, device)
         return Draft(torch.stack(drafted, 1), torch.stack(probs, 1), draft_lens)
 
     def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
