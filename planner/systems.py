@@ -1,7 +1,7 @@
 """Devices that are known by name: memory, bandwidth and peak of each, with where the numbers are from.
 
-memory     what torch reports as total memory, from the out-of-memory messages that users posted ("total capacity of 79.11 GiB");
-           it is less than the nominal size, by what ECC and the driver keep, and differs by some hundredths of a GiB between drivers
+memory     what torch reports as total memory, as out-of-memory messages in public reports have it ("total capacity of 79.11 GiB");
+           less than the nominal size by what ECC and the driver keep, and some hundredths of a GiB apart between drivers
 bandwidth  of the memory, from the maker's data sheet; what a kernel reaches is less (cost/roofline.py)
 flops      dense 16-bit tensor operations a second, from the data sheet: half of what is printed "with sparsity"
 """
@@ -23,9 +23,8 @@ class Known(NamedTuple):
 SYSTEMS: dict[str, Known] = {
     "h100_sxm": Known(int(79.11 * GIB), 3350 * GB, 989.4 * TERA, "NVIDIA H100 data sheet, SXM5"),
     "h100_pcie": Known(int(79.11 * GIB), 2000 * GB, 756.5 * TERA, "NVIDIA H100 data sheet, PCIe"),
-    "h100_nvl": Known(int(93.11 * GIB), 3900 * GB, 835.5 * TERA, "NVIDIA H100 data sheet, NVL"),
     "h200_sxm": Known(int(139.8 * GIB), 4800 * GB, 989.4 * TERA, "NVIDIA H200 data sheet, SXM"),
-    "b200": Known(int(178.36 * GIB), 8000 * GB, 2250 * TERA, "NVIDIA DGX B200 data sheet, an eighth of it"),
+    "b200": Known(int(178.35 * GIB), 8000 * GB, 2250 * TERA, "NVIDIA DGX B200 data sheet, an eighth of it"),
     "a100_sxm_80gb": Known(int(79.25 * GIB), 2039 * GB, 312 * TERA, "NVIDIA A100 data sheet, 80GB SXM"),
     "a100_pcie_80gb": Known(int(79.25 * GIB), 1935 * GB, 312 * TERA, "NVIDIA A100 data sheet, 80GB PCIe"),
     "a100_sxm_40gb": Known(int(39.39 * GIB), 1555 * GB, 312 * TERA, "NVIDIA A100 data sheet, 40GB"),
