@@ -109,6 +109,11 @@ def _split(text: str) -> tuple[str | None, dict[str, str]]:
     return head or None, pairs
 
 
+def is_model_key(name: str) -> bool:
+    """Whether a name=value pair of this name says something of a model's size, so that it names no drafter."""
+    return name in _MODEL_KEYS
+
+
 class _Pairs:
     """The values of one text, each checked as it is taken out."""
 
@@ -329,7 +334,7 @@ def _computed_bytes(whole: Fields, config: Fields, element: float, notes: list[s
 
     notes.append("weights are counted from the config, parameters times dtype; weights_gib behind it replaces that")
     if head:
-        notes.append("the head is taken to share the target's embedding")
+        notes.append("an EAGLE-3 head, taken to share the target's embedding")
         features = 3 * hidden * config.integer("target_hidden_size", MAX_WIDTH, hidden)
         rows = config.integer("draft_vocab_size", MAX_VOCAB, vocab)
         return int((layers * attention + dense + expert + features + rows * hidden + small) * element)

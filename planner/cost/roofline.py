@@ -3,7 +3,7 @@
     step      layers x (launch + 2 all-reduces, if there are several ranks) + matrices + attention
     matrices  the larger of weights / bandwidth and 2 x parameters x tokens / peak
     attention keys and values read / bandwidth, and 4 x heads x head_dim FLOPs for each pair of a query and a key
-    round     draft_len x (drafter's step + glue) + the target's step over draft_len + 1 tokens + glue
+    round     passes x drafter's step + draft_len x glue + the target's step over draft_len + 1 tokens + glue
 
 The interval is what three software stacks, from tuned to plain, make of it at three shares of the bandwidth. These do not go together:
 drafting pays least where kernels are good and everything around them is slow.
@@ -71,21 +71,24 @@ def step_s(model: ModelSize, system: SystemSpec, load: Load, stack: Efficiency, 
 
 
 def round_s(
-    model: ModelSize, drafter: ModelSize | None, system: SystemSpec, load: Load, stack: Efficiency, *, draft_len: int, kv_budget: float | None = None
+    model: ModelSize,
+    drafter: ModelSize | None,
+    system: SystemSpec,
+    load: Load,
+    stack: Efficiency,
+    *,
+    draft_len: int,
+    kv_budget: float | None = None,
+    passes: int | None = None,
 ) -> float:
-    """One round: draft_len passes of the drafter, one of the target over draft_len + 1 tokens. Without drafting, a plain step.
+    """One round: the drafter's passes, then one of the target over draft_len + 1 tokens. Without drafting, a plain step.
 
     drafter    None: the target itself drafts (self-speculation)
     kv_budget  tokens the drafter attends to; None: all
-    """
+    passes     of the drafter; None: one for each token. A block drafter takes one, n-grams none
+    """  # fmt: skip
     if draft_len == 0:
         return step_s(model, system, load, stack)
-    draft = step_s(drafter or model, system, load, stack, kv_len=kv_budget) + stack.draft_glue_s
-    return draft_len * draft + step_s(model, system, load, stack, new_tokens=draft_len + 1) + stack.round_glue_s
-
-
-def break_even_tokens(
-    model: ModelSize, drafter: ModelSize | None, system: SystemSpec, load: Load, stack: Efficiency, *, draft_len: int, kv_budget: float | None = None
-) -> float:
-    """Tokens a round has to emit on average, so that a request takes no longer than without drafting."""
-    return round_s(model, drafter, system, load, stack, draft_len=draft_len, kv_budget=kv_budget) / step_s(model, system, load, stack)
+    drafting = step_s(drafter or model, system, load, stack, kv_len=kv_budget) * (draft_len if passes is None else passes)
+    verifying = step_s(model, system, load, stack, new_tokens=draft_len + 1)
+    return drafting + draft_len * stack.draft_glue_s + verifying + stack.round_glue_s
