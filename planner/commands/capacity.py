@@ -10,7 +10,7 @@ from msgspec.structs import replace
 import planner
 from planner.capacities import Capacity, CapacityRow, Pool, Share
 from planner.commands.sizes import is_model_key, read_system, sized
-from planner.cost.capacity import KVPool, Settings, bytes_per_token, kv_pool, requests_that_run
+from planner.cost.capacity import LOGIT_BYTES, KVPool, Settings, bytes_per_token, kv_pool, requests_that_run
 from planner.cost.roofline import LIKELY, STACKS, Load, round_s, step_s
 from planner.engine_rules import EngineRules, find_engine, method_of
 from planner.errors import BadInput
@@ -64,6 +64,7 @@ def capacity(
     _check(rules, share, tensor_parallel, draft_lens, kv_budgets, context_len, output_len, max_concurrency, max_num_seqs, max_num_batched_tokens)
     target, notes = sized(model)
     drafters, drafter_notes = _drafters(draft_models, target)
+    named = [(target.name, note) for note in notes] + drafter_notes
     element = _kv_bytes(kv_dtype)
     if element is not None:
         target = replace(target, kv_bytes_per_element=element)
@@ -88,7 +89,7 @@ def capacity(
             planner_version=planner.__version__, engine=_engine_name(rules, engine), system=replace(device, fraction=pools[OFF].fraction or device.fraction),
             model=target, tensor_parallel=tensor_parallel, context_len=context_len, output_len=output_len, max_concurrency=max_concurrency,
             pools=[_pool(target, drafter, pools[drafter.name], tensor_parallel) for drafter in [off, *drafters]], rows=rows,
-            assumed=[*_assumed(target, device, settings, pools[OFF], context_len, output_len), *notes, *drafter_notes, *dropped],
+            assumed=[*_assumed(target, device, settings, pools[OFF], context_len, output_len), *_together(named), *dropped],
             warnings=_warnings(rows, drafters, pools, target, tensor_parallel),
         )
     )  # fmt: skip
@@ -141,7 +142,7 @@ def _pool(target: ModelSize, drafter: Drafter, pool: KVPool, ranks: int) -> Pool
     )  # fmt: skip
 
 
-def _drafters(texts: Sequence[str], target: ModelSize) -> tuple[list[Drafter], list[str]]:
+def _drafters(texts: Sequence[str], target: ModelSize) -> tuple[list[Drafter], list[tuple[str, str]]]:
     found, notes = [], []
     for text in texts:
         named = re.match(r"([A-Za-z][A-Za-z0-9_.-]{0,99})=(.+)", text, re.DOTALL)
@@ -152,15 +153,21 @@ def _drafters(texts: Sequence[str], target: ModelSize) -> tuple[list[Drafter], l
         model, said = sized(spec, name)
         method = method_of(name) if name else "eagle3" if any("EAGLE-3" in note for note in said) else method_of(model.name)
         found.append(Drafter(model.name, method, model))
-        notes += said
+        notes += [(model.name, note) for note in said]
         if method == "draft_model" and None not in (model.vocab_size, target.vocab_size) and model.vocab_size != target.vocab_size:
             notes.append(
                 f"{model.name} has a vocabulary of {model.vocab_size:,} tokens, the target {target.vocab_size:,}: most engines want them equal"
             )
     names = [OFF, *(drafter.name for drafter in found)]
     if len(set(names)) < len(names):
-        raise BadInput(f"drafters must have names of their own, none is {OFF}, got {', '.join(names[1:])[:200]}; write --draft-model NAME=SPEC")
+        raise BadInput(f"each drafter needs a name of its own other than {OFF}, got {', '.join(names[1:])[:200]}; write --draft-model NAME=SPEC")
     return found, notes
+
+
+def _together(named: list[tuple[str, str]]) -> list[str]:
+    """A note of several models once, behind their names."""
+    texts = dict.fromkeys(note for _, note in named)
+    return [f"{', '.join(name for name, note in named if note == text)}: {text}" for text in texts]
 
 
 def _assumed(target: ModelSize, system: SystemSpec, settings: Settings, pool: KVPool, context_len: int, output_len: int) -> list[str]:
@@ -171,7 +178,7 @@ def _assumed(target: ModelSize, system: SystemSpec, settings: Settings, pool: KV
         )
     else:
         said.append(f"a request holds its whole {context_len + output_len:,} tokens from its start")
-    said.append(f"keys and values of {target.kv_bytes_per_element:g} bytes; no prefix is shared")
+    said.append(f"keys and values of {8 * target.kv_bytes_per_element:g} bits; no prefix is shared")
     if settings.tensor_parallel > target.num_kv_heads and not target.latent:
         said.append(f"{target.num_kv_heads} KV heads on {settings.tensor_parallel} devices: each is held more than once")
     if system.bandwidth_bytes_per_s is None or system.flops_per_s is None:
@@ -199,6 +206,14 @@ def _warnings(rows: list[CapacityRow], drafters: list[Drafter], pools: dict[str,
         elif worst.running < STARVED * plain.running:
             why = f"{taken}, its keys {own:.0%} more for every token" if worst.limited_by == "memory" else f"limited by {worst.limited_by}"
             found.append(f"{drafter.name} starves the batch: {worst.running:.3g} requests run instead of {plain.running:.3g}, {why}")
+        largest = max(mine, key=lambda row: row.logits_bytes)
+        needed = largest.logits_bytes / 4 * LOGIT_BYTES
+        free = sum(part.bytes for part in pools[drafter.name].parts if part.name in ("sampler peak", "activation peak", "outside the fraction"))
+        if needed > free > 0:
+            found.append(
+                f"{drafter.name}: verifying {largest.draft_len + 1} tokens of {largest.running:.0f} requests takes {format_bytes(needed)} of logits, "
+                f"and {format_bytes(free)} lie outside the pool; lower --max-num-seqs or the memory fraction"
+            )
     return found
 
 

@@ -209,7 +209,7 @@ def _from_config(head: str, given: _Pairs, name: str) -> Sized:
         intermediate_size=_optional(config, "intermediate_size", MAX_WIDTH), vocab_size=_optional(config, "vocab_size", MAX_VOCAB),
         max_context_len=_optional(config, "max_position_embeddings", MAX_CONTEXT),
     )  # fmt: skip
-    return Sized(model, [f"{model.name}: {note}" for note in notes])
+    return Sized(model, notes)
 
 
 _OUTER = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")  # which a nested config may leave to the outer one

@@ -29,6 +29,7 @@ CONTEXT_BYTES = 0.5 * GIB  # a CUDA context with its libraries; for engines that
 LLAMA_CPP_MARGIN = 1024 * MIB  # --fit-target
 LLAMA_CPP_UBATCH = 512
 USUAL_VOCAB = 128_256
+POOL_ERROR = 0.02  # as a share; of the logged runs
 NEUTRAL = find_engine("vllm")
 
 
@@ -126,8 +127,9 @@ def requests_that_run(
     method: str = "draft_model",
     kv_budget: int | None = None,
 ) -> float:
-    """Requests that decode side by side in steady state, by memory alone; 0 if not one fits to its end.
+    """Requests that decode side by side in steady state, on average and by memory alone; 0 if not one fits to its end.
 
+    The pool over what a request holds, in whole requests: one that only partly fits waits, which costs half a request where many run.
     kv_budget  tokens that the drafter keeps of a request, where the engine really frees the others; None: all
     """  # fmt: skip
     engine, ranks = settings.engine, settings.tensor_parallel
@@ -141,8 +143,20 @@ def requests_that_run(
     whole = context_len + output_len + draft_slots(engine, method, draft_len)
     if request_bytes(math.ceil(whole / engine.block_tokens) * engine.block_tokens) > pool.bytes:
         return 0.0
-    requests = pool.bytes / request_bytes(request_tokens(engine, context_len, output_len, draft_len, method))
-    return float(requests if engine.on_demand else math.floor(requests))
+    mean = request_bytes(request_tokens(engine, context_len, output_len, draft_len, method))
+    requests = pool.bytes / mean
+    if not engine.on_demand:
+        return float(math.floor(requests))
+    spread = math.sqrt(requests / 12) * request_bytes(output_len) / mean  # of what they hold together: each is anywhere in its output
+    return max(1.0, _mean_floor(requests, math.hypot(spread, POOL_ERROR * requests)))
+
+
+def _mean_floor(value: float, sd: float) -> float:
+    """Mean of the whole part of a normal variable: a request that only partly fits waits."""
+    first = math.floor(value) - 4
+    if sd > 1:
+        return value - 0.5
+    return max(0.0, first + sum(0.5 + 0.5 * math.erf((value - whole) / (sd * math.sqrt(2))) for whole in range(first + 1, first + 9)))
 
 
 def request_capacity(

@@ -39,7 +39,10 @@ def show_capacity(capacity: Capacity) -> None:
     _lines(console, [("Break-even", BREAK_EVEN)] * (len(capacity.rows) > 1) + [("Assumed", clean(text)) for text in capacity.assumed])
 
 
-BREAK_EVEN = "tokens that a round must emit on average: accepted drafts + 1. Above what drafts plus one can give, drafting cannot pay."
+BREAK_EVEN = (
+    "tokens that a round must emit on average (accepted drafts + 1) to match the first row; above K + 1 drafting cannot pay, "
+    "and below 1 the smaller batch alone is quicker"
+)
 
 
 def _rest(capacity: Capacity) -> list[tuple[str, str]]:
