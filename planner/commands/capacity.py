@@ -62,7 +62,7 @@ def capacity(
     device, said = read_system(system)
     share = fraction if fraction is not None else device.fraction if said else None
     _check(rules, share, tensor_parallel, draft_lens, kv_budgets, context_len, output_len, max_concurrency, max_num_seqs, max_num_batched_tokens)
-    target, notes = sized(model)
+    target, notes, _ = sized(model)
     drafters, drafter_notes = _drafters(draft_models, target)
     named = [(target.name, note) for note in notes] + drafter_notes
     element = _kv_bytes(kv_dtype)
@@ -150,14 +150,14 @@ def _drafters(texts: Sequence[str], target: ModelSize) -> tuple[list[Drafter], l
         if spec in MODELLESS:
             found.append(Drafter(name or spec, spec, None))
             continue
-        model, said = sized(spec, name)
-        method = method_of(name) if name else "eagle3" if any("EAGLE-3" in note for note in said) else method_of(model.name)
+        model, said, kind = sized(spec, name)
+        said_so = [method_of(name), kind, method_of(model.name)]  # the user, the checkpoint, its folder's name
+        method = next((method for method in said_so if method != "draft_model"), "draft_model")
         found.append(Drafter(model.name, method, model))
         notes += [(model.name, note) for note in said]
         if method == "draft_model" and None not in (model.vocab_size, target.vocab_size) and model.vocab_size != target.vocab_size:
-            notes.append(
-                f"{model.name} has a vocabulary of {model.vocab_size:,} tokens, the target {target.vocab_size:,}: most engines want them equal"
-            )
+            ours, theirs = f"{model.vocab_size:,}", f"{target.vocab_size:,}"
+            notes.append((model.name, f"its vocabulary has {ours} tokens, the target's {theirs}; most engines want them equal"))
     names = [OFF, *(drafter.name for drafter in found)]
     if len(set(names)) < len(names):
         raise BadInput(f"each drafter needs a name of its own other than {OFF}, got {', '.join(names[1:])[:200]}; write --draft-model NAME=SPEC")

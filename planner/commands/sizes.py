@@ -10,7 +10,7 @@ Any decoder is read that names its fields as transformers does, not only what th
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from planner.commands.configs import valid
 from planner.errors import BadInput
@@ -37,6 +37,7 @@ GATED = (
 class Sized(NamedTuple):
     model: ModelSize
     notes: list[str]  # what was taken for granted
+    kind: Literal["draft_model", "eagle3"] = "draft_model"  # what it would be as a drafter
 
 
 def model_size(text: str, name: str = "") -> ModelSize:
@@ -75,7 +76,7 @@ def read_system(text: str) -> tuple[SystemSpec, bool]:
     memory = given.size("memory")
     if memory is None:
         raise BadInput(f"a system needs its memory, as in memory_gib=80,fraction=0.9, or a name of {', '.join(SYSTEMS)}, got {one_line(text)}")
-    bandwidth, tflops = given.number("bandwidth_gb_s", 0, 1e6, None), given.number("tflops", 0, 1e3 * 1e3, None)
+    bandwidth, tflops = given.number("bandwidth_gb_s", 0, 1e6, None), given.number("tflops", 0, 1e6, None)
     return valid(
         SystemSpec, name=pairs.get("name", f"{memory / GIB:.4g} GiB"), memory_bytes=memory, fraction=fraction,
         bandwidth_bytes_per_s=None if bandwidth is None else bandwidth * 1e9, flops_per_s=None if tflops is None else tflops * 1e12,
@@ -209,7 +210,7 @@ def _from_config(head: str, given: _Pairs, name: str) -> Sized:
         intermediate_size=_optional(config, "intermediate_size", MAX_WIDTH), vocab_size=_optional(config, "vocab_size", MAX_VOCAB),
         max_context_len=_optional(config, "max_position_embeddings", MAX_CONTEXT),
     )  # fmt: skip
-    return Sized(model, notes)
+    return Sized(model, notes, "eagle3" if _is_eagle3(config) else "draft_model")
 
 
 _OUTER = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")  # which a nested config may leave to the outer one
@@ -313,7 +314,7 @@ def _computed_bytes(whole: Fields, config: Fields, element: float, notes: list[s
     layers = config.integer("num_hidden_layers", MAX_LAYERS)
     vocab = config.integer("vocab_size", MAX_VOCAB)
     tied = config.flag("tie_word_embeddings", kind.startswith(("gemma", "cohere")))
-    head = any("Eagle3" in str(name) for name in config.get("architectures") or [] if isinstance(config.get("architectures"), list))
+    head = _is_eagle3(config)
     if config.get("kv_lora_rank") is not None:
         rank, rope = config.integer("kv_lora_rank", MAX_WIDTH), config.integer("qk_rope_head_dim", MAX_HEAD_DIM)
         nope, value = config.integer("qk_nope_head_dim", MAX_HEAD_DIM), config.integer("v_head_dim", MAX_HEAD_DIM)
@@ -343,6 +344,10 @@ def _computed_bytes(whole: Fields, config: Fields, element: float, notes: list[s
     bits = _bits(whole if whole.get("quantization_config") is not None else config, element)
     body_bytes = body * (element if kind == "gpt_oss" else bits)  # of which the experts alone are in 4 bit
     return int(body_bytes + expert * bits + others * element)
+
+
+def _is_eagle3(config: Fields) -> bool:
+    return "Eagle3" in str(config.get("architectures"))
 
 
 def _mlp(config: Fields, kind: str, hidden: int, layers: int) -> tuple[int, int]:
