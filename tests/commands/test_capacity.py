@@ -176,10 +176,12 @@ def test_lengths_that_mean_nothing_are_refused(models):
 
 
 def test_it_takes_no_time_and_loads_nothing_heavy(models):
-    found(models, draft_models=[f"eagle3={models['eagle']}"])
-    start = time.perf_counter()
-    found(models, draft_models=[f"eagle3={models['eagle']}"])
-    assert time.perf_counter() - start < 0.1
+    def seconds():
+        start = time.perf_counter()
+        found(models, draft_models=[f"eagle3={models['eagle']}"])
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.1
     code = (
         "import sys, planner, planner.report.capacity\n"
         f"planner.capacity({models['llama']!r}, system='h100_sxm', context_len=1000, output_len=100)\n"
