@@ -1,6 +1,6 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
-The verbs are functions: profile, plan, estimate, check, sweep, replay, generate, and load_profile, load_plan for their files.
+The verbs are functions: profile, plan, estimate, capacity, check, sweep, replay, generate, and load_profile, load_plan for their files.
 """
 
 from importlib import import_module
@@ -12,6 +12,7 @@ _WHERE = {
     "plan": "planner.commands.plan",
     "estimate": "planner.commands.plan",
     "Asked": "planner.commands.flags",
+    "capacity": "planner.commands.capacity",
     "check": "planner.commands.check",
     "sweep": "planner.commands.check",
     "replay": "planner.commands.replay",

@@ -51,7 +51,7 @@ class SystemSpec(Spec, kw_only=True):
     memory_bytes: Size  # of one device
     fraction: Annotated[float, Meta(gt=0, le=1)]  # of the total memory: the engine's weights, caches and everything else
     bandwidth_bytes_per_s: Positive | None = None
-    flops_per_s: Positive | None = None  # dense, 16 bit
+    flops_per_s: Annotated[float, Meta(gt=0, le=1e18)] | None = None  # dense, 16 bit
 
 
 class ServedCell(Spec, kw_only=True):

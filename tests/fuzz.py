@@ -32,6 +32,7 @@ from tiny import tiny_checkpoint, tiny_spec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import planner
+from planner.commands.sizes import model_size
 from planner.errors import PlannerError
 from planner.measurements import load_profile, save_profile
 from planner.plans import load_plan, save_plan
@@ -186,6 +187,7 @@ KINDS = {
     "gguf": Kind(write_gguf, lambda path: (run_model(path), run_tokenizer(path)), "bytes"),
     "safetensors": Kind(in_folder("model.safetensors"), run_model, "safetensors"),
     "config.json": Kind(in_folder("config.json"), run_model, "json"),
+    "model size": Kind(in_folder("config.json"), lambda path: model_size(str(path.parent)), "json"),
     "tokenizer.json": Kind(in_folder("tokenizer.json"), run_tokenizer, "json"),
     "tokenizer_config.json": Kind(in_folder("tokenizer_config.json"), run_tokenizer, "json"),
     "dataset": Kind(write_dataset, read_dataset, "lines"),
