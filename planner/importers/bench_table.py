@@ -17,7 +17,7 @@ from planner.errors import BadInput
 from planner.importers.contract import MAX_CELLS, Given, Imported, decoded, make_cell, settle, shown
 from planner.serving import OFF
 
-MAX_TABLE_BYTES = 32 * 2**20
+MAX_TABLE_BYTES = 16 * 2**20
 MAX_POSITIONS = 1024  # acceptance_1 .. acceptance_1024
 
 NEEDED = ("drafter", "draft_len", "concurrency", "context_len", "output_len", "tpot_s")
@@ -38,7 +38,7 @@ def read_table(content: bytes, name: str, given: Given) -> Imported:
         columns = _columns(next(reader, []), name, given)
         for row in reader:
             line = reader.line_num
-            if not any(field.strip() for field in row):
+            if len(row) <= len(columns) and not any(field.strip() for field in row):
                 continue
             if len(row) != len(columns):
                 raise BadInput(f"{name}, line {line} must have a field for each of the {len(columns)} columns, got {len(row)}; empty ones count")

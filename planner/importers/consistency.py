@@ -1,8 +1,8 @@
 """What does not add up among imported cells, one sentence for each kind of doubt."""
 
 from collections.abc import Iterable
-
-import numpy as np
+from itertools import accumulate
+from operator import mul
 
 from planner.serving import OFF, ServedCell
 
@@ -45,7 +45,7 @@ def doubts(cells: list[ServedCell]) -> list[str]:
 
 def _tokens_per_round(cell: ServedCell) -> float | None:
     complete = cell.draft_len > 0 and len(cell.acceptance) == cell.draft_len
-    return 1.0 + float(np.cumprod(cell.acceptance).sum()) if complete else None
+    return 1.0 + sum(accumulate(cell.acceptance, mul)) if complete else None
 
 
 def _repeats(cells: Iterable[ServedCell]) -> list[str]:

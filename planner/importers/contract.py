@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from planner.errors import BadInput
-from planner.serving import ServedCell
+from planner.serving import ServedCell, ServingProfile
 
 MAX_CELLS = 100_000  # of one profile
 SLACK = 0.05  # by which a length that was asked for and the mean of those that were sent may differ
@@ -36,6 +36,7 @@ class Imported(NamedTuple):
     warnings: list[str] = []
     engine: str = ""  # that was measured, with its version where the file says it
     date: str = ""  # ISO 8601, of the measurement
+    profile: ServingProfile | None = None  # that the cells were already in
 
 
 def settle(place: str, field: str, said: int | None, given: Given, default: int | None = None, slack: float = 0.0) -> int:

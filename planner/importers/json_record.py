@@ -100,5 +100,7 @@ def _lines(text: str, name: str) -> list[tuple[str, str, object]]:
         try:
             values.append((f"{name}, line {number}", f"{name}:{number}", msgspec.json.decode(line)))
         except (msgspec.MsgspecError, RecursionError) as error:
-            raise BadInput(f"{name}, line {number} is not JSON: {shown(str(error))}; the file may be cut off") from None
+            raise BadInput(
+                f"{name}, line {number} is not JSON ({shown(str(error))}); the file may be cut off, or hold NaN where nothing was measured"
+            ) from None
     return values

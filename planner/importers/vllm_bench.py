@@ -81,13 +81,15 @@ def _speculation(record: Record, given: Given, warnings: list[str]) -> tuple[str
     if shares and len(shares) != draft_len:
         raise BadInput(f"{place}: draft_len is {draft_len}, but there are acceptance rates of {len(shares)} positions; correct the metadata")
     if drafted < 0.95 * draft_len * drafts:
-        warnings.append(f"{place}: {drafted / drafts:.2f} tokens were drafted per round, not {draft_len}: acceptance includes drafts that ended early")
+        warnings.append(
+            f"{place}: {drafted / drafts:.2f} tokens were drafted per round, not {draft_len}: acceptance includes drafts that ended early"
+        )
     return named, draft_len, record.needed("spec_decode_acceptance_length"), conditional(place, shares)
 
 
 def _iso(date: str) -> str:
-    """20261122-111108, local time."""
+    """ISO 8601 of 20261122-111108; in local time, the file does not say which."""
     try:
-        return datetime.strptime(date, "%Y%m%d-%H%M%S").isoformat()  # noqa: DTZ007 - the file does not say the zone
+        return datetime.strptime(date, "%Y%m%d-%H%M%S").isoformat()
     except ValueError:
         return ""
