@@ -5,12 +5,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import planner
-from planner.commands.configs import valid
 from planner.commands.sizes import sized, system_spec
 from planner.errors import BadInput
 from planner.files import read_bytes
 from planner.importers.consistency import doubts
-from planner.importers.contract import MAX_CELLS, Given, Imported
+from planner.importers.contract import MAX_CELLS, Given, Imported, make_cell
 from planner.importers.recognise import read_any
 from planner.serving import OFF, ModelSize, ServedCell, ServingProfile, SystemSpec
 from planner.specs import Spec, checked
@@ -43,29 +42,34 @@ def import_bench(
     if not 1 <= len(files) <= MAX_FILES or since is not None and len(files) > 1:
         raise BadInput(f"an import takes 1 to {MAX_FILES} files, and one together with --since, got {len(files)}")
     given = Given(drafter or None, draft_len, concurrency, context_len, output_len, tensor_parallel)
-    valid(ServedCell, tpot_s=1.0, **{"concurrency": 1, "context_len": 1, "output_len": 1} | _said(given))
+    make_cell("the flags", "", tpot_s=1.0, **{"concurrency": 1, "context_len": 1, "output_len": 1} | _said(given))
     target, notes = sized(model)
-    warnings = list(notes)
     device = system_spec(system)
-    sizes: dict[str, ModelSize] = {}
-    for name, text in (draft_models or {}).items():
-        sizes[name], notes = sized(text)
-        warnings += [f"{name}: {note}" for note in notes]
     before = None if since is None else (read_bytes(since, "metrics"), str(since))
     found = [read_any(read_bytes(path, "benchmark"), str(path), given, before) for path in files]
     cells = [cell for one in found for cell in one.cells]
     if len(cells) > MAX_CELLS:
         raise BadInput(f"a profile holds at most {MAX_CELLS} cells, the files hold {len(cells)}; import fewer")
+    if any(one.assumed for one in found) and any(cell.draft_len and cell.tokens_per_round for one in found if not one.profile for cell in one.cells):
+        path = next(path for one, path in zip(found, files, strict=True) if one.assumed)
+        raise BadInput(
+            f"{path} has no counters of speculation and other runs have, so --draft-len cannot stand for both; import the runs that did not draft "
+            "first, without --draft-len, and give their profile as one of the files"
+        )
+    sizes: dict[str, ModelSize] = {}
     for one, path in zip(found, files, strict=True):
         if one.profile is not None:
             _same(str(path), one.profile, target, device)
-            sizes = one.profile.drafters | sizes
+            sizes |= one.profile.drafters
     names = list(dict.fromkeys(cell.drafter for cell in cells if cell.drafter != OFF))
-    if unknown := [name for name in sizes if name not in names]:
+    if unknown := [name for name in draft_models or () if name not in names]:
         raise BadInput(
             f"--draft-model NAME=SPEC must name a drafter of the files ({', '.join(names[:20]) or 'they have none'}), got {unknown[0][:80]!r}"
         )
-    warnings = list(dict.fromkeys([*warnings, *(warning for one in found for warning in one.warnings), *doubts(cells)]))
+    for name, text in (draft_models or {}).items():
+        sizes[name], own = sized(text)
+        notes = [*notes, *(f"{name}: {note}" for note in own)]
+    warnings = list(dict.fromkeys([*notes, *(warning for one in found for warning in one.warnings), *doubts(cells)]))
     if len(warnings) > MAX_WARNINGS:
         warnings = [*warnings[: MAX_WARNINGS - 1], f"{len(warnings) - MAX_WARNINGS + 1} more warnings are not kept"]
     profile = ServingProfile(

@@ -15,7 +15,7 @@ import re
 
 from planner.errors import BadInput
 from planner.importers.contract import MAX_CELLS, Given, Imported, decoded, make_cell, settle, shown
-from planner.serving import OFF
+from planner.serving import OFF, ServedCell
 
 MAX_TABLE_BYTES = 16 * 2**20
 MAX_POSITIONS = 1024  # acceptance_1 .. acceptance_1024
@@ -36,6 +36,7 @@ def read_table(content: bytes, name: str, given: Given) -> Imported:
     cells, unmeasured = [], []
     try:
         columns = _columns(next(reader, []), name, given)
+        positions = sorted(filter(_position, columns), key=_position)
         for row in reader:
             line = reader.line_num
             if len(row) <= len(columns) and not any(field.strip() for field in row):
@@ -48,7 +49,7 @@ def read_table(content: bytes, name: str, given: Given) -> Imported:
                 continue
             if len(cells) == MAX_CELLS:
                 raise BadInput(f"a profile holds at most {MAX_CELLS} cells, {name} has more; split it")
-            cells.append(_cell(values, name, line, given))
+            cells.append(_cell(values, positions, name, line, given))
     except csv.Error as error:
         raise BadInput(f"{name}, line {reader.line_num} is not CSV: {error}") from None
     if not cells:
@@ -93,7 +94,7 @@ def _position(column: str) -> int | None:
     return int(match[1]) if match and int(match[1]) <= MAX_POSITIONS else None
 
 
-def _cell(values: dict[str, str], name: str, line: int, given: Given):
+def _cell(values: dict[str, str], positions: list[str], name: str, line: int, given: Given) -> ServedCell:
     place = f"{name}, line {line}"
     numbers = {column: _number(values[column], column, place) for column in values if column != "drafter"}
     drafter = values["drafter"] or OFF
@@ -102,7 +103,7 @@ def _cell(values: dict[str, str], name: str, line: int, given: Given):
         if drafter != OFF:
             raise BadInput(f"{place}, column draft_len must be given with a drafter, got nothing; 0 is loaded and idle")
         draft_len = 0
-    acceptance = [numbers[column] for column in sorted(filter(_position, values), key=_position)]
+    acceptance = [numbers[column] for column in positions]
     while acceptance and acceptance[-1] is None:
         acceptance.pop()
     if None in acceptance:

@@ -36,6 +36,7 @@ class Imported(NamedTuple):
     warnings: list[str] = []
     engine: str = ""  # that was measured, with its version where the file says it
     date: str = ""  # ISO 8601, of the measurement
+    assumed: bool = False  # some cells drafted by the word of the flags alone, where the tool would have written counters
     profile: ServingProfile | None = None  # that the cells were already in
 
 

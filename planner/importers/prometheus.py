@@ -15,7 +15,7 @@ import re
 
 from planner.errors import BadInput
 from planner.importers.contract import SLACK, Given, Imported, conditional, decoded, make_cell, settle, shown
-from planner.serving import OFF
+from planner.serving import OFF, ServedCell
 
 MAX_METRICS_BYTES = 32 * 2**20
 SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?[ \t]+([^ \t]+)(?:[ \t]+-?[0-9]+)?")
@@ -54,7 +54,7 @@ class _Totals:
         return [found[position] for position in range(len(found))]
 
 
-def _cell(totals: _Totals, prefix: str, given: Given):
+def _cell(totals: _Totals, prefix: str, given: Given) -> ServedCell:
     name, generated = totals.name, None
     if prefix == "vllm:":
         generated, itl = totals.mean("request_generation_tokens"), totals.mean("inter_token_latency_seconds")

@@ -36,7 +36,9 @@ def _read_json(content: bytes, name: str, given: Given) -> Imported:
     if records[0].fields.get("kind") == "serving":
         profile = decode_serving_profile(content, name)
         stale = doubts(profile.cells)  # judged anew, with the cells of the other files
-        return Imported(profile.cells, [warning for warning in profile.warnings if warning not in stale], profile.source, profile.date, profile)
+        return Imported(
+            profile.cells, [warning for warning in profile.warnings if warning not in stale], profile.source, profile.date, profile=profile
+        )
     if all(record.fields.keys() >= set(vllm_bench.MARKS) for record in records):
         return vllm_bench.read_vllm(records, given)
     if all(record.fields.keys() >= set(sglang_bench.MARKS) for record in records):

@@ -27,18 +27,14 @@ DRAFTED = "spec_decode_num_drafts"
 def read_vllm(records: list[Record], given: Given) -> Imported:
     """The cells of a file."""
     cells, warnings, dates = [], [], []
-    drafted = {record.fields.get(DRAFTED) is not None for record in records}
-    if drafted == {True, False} and given.draft_len:
-        raise BadInput(
-            f"{records[0].place} is of a file where some runs drafted and some did not; --draft-len is for files that do not say it: drop it, or split the file"
-        )
     for record in records:
         if not record.whole("completed"):
             warnings.append(f"{record.place}: left out, no request was completed")
             continue
         cells.append(_cell(record, given, warnings))
         dates.append(record.text("date") or "")
-    return Imported(cells, warnings, "vLLM", _iso(max(dates, default="")))
+    assumed = any(cell.draft_len and cell.tokens_per_round is None for cell in cells)
+    return Imported(cells, warnings, "vLLM", _iso(max(dates, default="")), assumed)
 
 
 def _cell(record: Record, given: Given, warnings: list[str]) -> ServedCell:
