@@ -49,8 +49,8 @@ class _Totals:
 
     def positions(self) -> list[float]:
         found = {position: value for (metric, position), value in self.counters.items() if metric == POSITIONS}
-        if sorted(found) != list(range(len(found))):
-            raise BadInput(f"{self.name}: positions of {POSITIONS} must be 0, 1, .., got {shown(sorted(found))}")
+        if found.keys() != set(range(len(found))):  # None: a sample without the label
+            raise BadInput(f"{self.name}: positions of {POSITIONS} must be 0, 1, .., got {shown(list(found))}")
         return [found[position] for position in range(len(found))]
 
 

@@ -196,6 +196,7 @@ def test_throughput_follows_from_the_time_of_whole_requests():
         (metrics() + "vllm:x_total -1\n", None, "must be a finite number of at least 0, got '-1'"),
         (metrics() + 'vllm:x_total{model_name="b"} 1\n', None, "metrics of one model"),
         (metrics().replace('position="2"', 'position="7"'), None, "must be 0, 1, .."),
+        (metrics().replace('position="2"', 'x="2"'), None, "must be 0, 1, .., got"),
         (metrics() + "llamacpp:x_total 1\n", None, "metrics of one engine"),
         ("# HELP a b\na 1\n", None, "prefix vllm: or llamacpp:, got 'none'|got none"),
     ],
