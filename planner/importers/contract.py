@@ -3,6 +3,7 @@
 A file is the truth about itself. Flags fill in what it does not say; one that contradicts it is refused.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -53,10 +54,13 @@ def settle(place: str, field: str, said: int | None, given: Given, default: int 
 
 
 def make_cell(place: str, source: str, **values) -> ServedCell:
-    """A cell, its ranges checked; BadInput names the place and the field."""
+    """A cell, its ranges checked; BadInput names the place and the field.
+
+    source  file and line; the folder is left out, a profile may be published
+    """
     known = {name: value for name, value in values.items() if value is not None}
     try:
-        return msgspec.convert({**known, "source": source[-500:]}, ServedCell)
+        return msgspec.convert({**known, "source": Path(source).name[-500:]}, ServedCell)
     except msgspec.ValidationError as error:
         message, _, field = str(error).partition(" - at `$.")
         field = field.rstrip("`")
