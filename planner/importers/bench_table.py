@@ -98,6 +98,8 @@ def _cell(values: dict[str, str], positions: list[str], name: str, line: int, gi
     place = f"{name}, line {line}"
     numbers = {column: _number(values[column], column, place) for column in values if column != "drafter"}
     drafter = values["drafter"] or OFF
+    if drafter.lower() == "off":
+        raise BadInput(f"{place}, column drafter must be empty where no drafter is loaded, got {shown(drafter)}")
     draft_len = numbers["draft_len"]
     if draft_len is None:
         if drafter != OFF:

@@ -79,6 +79,7 @@ def test_a_table_means_the_same_however_it_is_written(rows, newline, quoting, ma
         (HEADER, ROW.replace(",8,", ",8.5,"), "column concurrency must be a whole number, got '8.5'"),
         (HEADER, ROW.replace(",8,", ",0,"), "concurrency: expected `int` >= 1"),
         (HEADER, ROW.replace("1024", ""), "line 2 does not say context_len; give --isl"),
+        (HEADER, ROW.replace("eagle3,3", "off,0"), "column drafter must be empty where no drafter is loaded, got 'off'"),
         (HEADER, ROW.replace("eagle3", ""), "draft_len must be 0 without a drafter, got 3"),
         (HEADER, ROW.replace(",3,", ",,"), "column draft_len must be given with a drafter"),
         (HEADER, "eagle3,3,8,1024,256,0.007,,,,,70,,,", r"column acceptance_1 must lie in \[0, 1\], got 70; write a share, not percent"),
