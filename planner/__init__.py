@@ -1,6 +1,7 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
-The verbs are functions: profile, plan, estimate, capacity, check, sweep, replay, generate, and load_profile, load_plan for their files.
+The verbs are functions: profile, plan, estimate, capacity, check, sweep, replay, generate, import_bench, and load_profile, load_plan
+for their files.
 """
 
 from importlib import import_module
@@ -17,8 +18,10 @@ _WHERE = {
     "sweep": "planner.commands.check",
     "replay": "planner.commands.replay",
     "generate": "planner.commands.generate",
+    "import_bench": "planner.commands.import_bench",
     "load_profile": "planner.measurements",
     "save_profile": "planner.measurements",
+    "load_any_profile": "planner.serving",
     "load_plan": "planner.plans",
     "save_plan": "planner.plans",
 }
