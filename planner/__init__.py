@@ -13,7 +13,7 @@ _WHERE = {
     "estimate": "planner.commands.plan",
     "Asked": "planner.commands.flags",
     "check": "planner.commands.check",
-    "sweep": "planner.commands.check",
+    "sweep": "planner.commands.sweep",
     "replay": "planner.commands.replay",
     "generate": "planner.commands.generate",
     "load_profile": "planner.measurements",
