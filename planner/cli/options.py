@@ -81,9 +81,7 @@ def takes(flags: type, **defaults) -> Callable:
         own = inspect.signature(command, eval_str=True).parameters
         usual = flags._field_defaults | defaults
         parameters = [own[name] for name in own if name != "asked"]
-        taken = {
-            flag for parameter in parameters for option in getattr(parameter.annotation, "__metadata__", ()) for flag in option.param_decls or ()
-        }
+        taken = {flag for parameter in parameters for flag in _spelled(parameter.annotation)}
         for name, kind in flags.__annotations__.items():
             spelled = [flag for flag in SPELLED.get(name, ()) if flag not in taken]
             annotation = Annotated[kind, typer.Option(*spelled, help=HELP[name])]
@@ -94,6 +92,12 @@ def takes(flags: type, **defaults) -> Callable:
         return run
 
     return with_flags
+
+
+def _spelled(annotation) -> list[str]:
+    """The flags that a parameter names itself; typer takes the first of them for a default at first."""
+    options = getattr(annotation, "__metadata__", ())
+    return [flag for option in options for flag in (option.default, *(option.param_decls or ())) if isinstance(flag, str)]
 
 
 def paths(values: list[str]) -> list[str]:

@@ -213,7 +213,11 @@ def _open(storage: str | None, name: str, identity: dict[str, str]):
     """The study of that name, made if it is not there. BadInput if it belongs to another run."""
     import optuna
 
-    study = optuna.create_study(storage=_storage(storage), study_name=name, load_if_exists=True)
+    opened = _storage(storage) or optuna.storages.InMemoryStorage()
+    try:  # before it is made: that would write, and whoever is refused leaves no trace
+        study = optuna.load_study(storage=opened, study_name=name)
+    except KeyError:
+        study = optuna.create_study(storage=opened, study_name=name, load_if_exists=True)
     if "identity" not in study.user_attrs:
         study.set_user_attr("identity", identity)
     there = study.user_attrs["identity"]
