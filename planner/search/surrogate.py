@@ -18,7 +18,7 @@ Coordinates = dict[str, str | float]
 
 NUM_RANDOM = 4  # finished before the process has a say
 LOG_SPAN = 8  # amounts that span more than this factor are told apart by ratio
-CHOICE = 0.7  # of a feature that stands for one choice, so that two choices lie one apart
+CHOICE = 0.5**0.5  # of a feature that stands for one choice, so that two choices lie one apart
 LENGTHS = (0.25, 0.5, 1.0, 2.0)  # of the kernel, in spans of an amount
 NOISE = 0.02  # of an evaluation, as a part of the variance of costs
 
@@ -29,13 +29,14 @@ def features(coordinates: Sequence[Coordinates]) -> np.ndarray:
     for name in dict.fromkeys(name for point in coordinates for name in point):
         values = [point.get(name) for point in coordinates]
         there = [value for value in values if value is not None]
+        if len(set(there)) == 1:
+            continue  # says nothing
         if isinstance(there[0], str):
             columns += [[CHOICE * (value == choice) for value in values] for choice in dict.fromkeys(there)]
             continue
         low, high = min(there), max(there)
         scale = np.log if low > 0 and high / low > LOG_SPAN else float
-        span = scale(high) - scale(low) or 1.0
-        columns.append([0.5 if value is None else (scale(value) - scale(low)) / span for value in values])
+        columns.append([0.5 if value is None else (scale(value) - scale(low)) / (scale(high) - scale(low)) for value in values])
     return np.array(columns, dtype=float).T.reshape(len(coordinates), -1)
 
 
