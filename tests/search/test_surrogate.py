@@ -38,10 +38,9 @@ def test_the_bottom_of_a_bowl_is_found_from_its_walls():
 
 
 def test_what_others_are_running_is_not_approached():
-    x = features([{"k": k} for k in range(21)])
-    costs = {k: (k - 13) ** 2.0 for k in (0, 5, 9, 16, 20)}
-    assert next_candidate(x, costs, [], [6, 12], rng()) == 12
-    assert next_candidate(x, costs, [11, 13], [6, 12], rng()) == 6
+    x, costs = features([{"k": k} for k in range(21)]), {0: 1.0, 1: 1.0, 10: 0.5, 19: 1.0, 20: 1.0}  # the same from both sides
+    assert next_candidate(x, costs, [15], [5, 16], rng()) == 5
+    assert next_candidate(x, costs, [5], [4, 15], rng()) == 15
 
 
 def test_without_differences_the_choice_is_random():
