@@ -18,7 +18,7 @@ from planner.measurements import load_profile
 from planner.search.objective import fit_models, predict
 from planner.search.optimize import candidates
 from planner.search.study import Evaluated, run_study
-from planner.search.surrogate import features
+from planner.search.surrogate import NUM_RANDOM, features
 from planner.specs import PLAIN, DraftConfig, Workload, describe_workload
 
 PROFILE = Path(__file__).parents[1] / "profiles/intel-xeon-2-cores/smollm2-135m__self_sparse.json"
@@ -72,7 +72,7 @@ def tpe(configs: list[DraftConfig], evaluate: Callable, seed: int) -> None:
     points = [coordinates(config) for config in configs]
     budgets, lengths = (sorted({point[name] for point in points if name in point}) for name in ("kv_budget", "draft_len"))
     choices = {name: sorted({point[name] for point in points if name in point}) for name in ("drafter", "selection")}
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=4))
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=NUM_RANDOM))
     choices = {name: values for name, values in choices.items() if len(values) > 1}
     left, index, first = list(range(len(configs))), 0, True
     while left:
