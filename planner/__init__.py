@@ -15,7 +15,7 @@ _WHERE = {
     "Asked": "planner.commands.flags",
     "capacity": "planner.commands.capacity",
     "check": "planner.commands.check",
-    "sweep": "planner.commands.check",
+    "sweep": "planner.commands.sweep",
     "replay": "planner.commands.replay",
     "generate": "planner.commands.generate",
     "import_bench": "planner.commands.import_bench",
