@@ -18,6 +18,7 @@ _WHERE = {
     "generate": "planner.commands.generate",
     "load_profile": "planner.measurements",
     "save_profile": "planner.measurements",
+    "load_any_profile": "planner.serving",
     "load_plan": "planner.plans",
     "save_plan": "planner.plans",
 }

@@ -23,6 +23,11 @@ Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 Natural = Annotated[int, Meta(ge=0, le=2**40)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
+KINDS = {  # of files, by their field "kind"
+    None: "a file of the own runtime (`planner profile`, `planner plan`)",
+    "serving": "a profile of a serving engine (`planner import bench`), which `planner plan` and `planner estimate` read",
+}
+
 MIN_DISTINCT_4GRAMS = 0.6  # below this a text repeats itself, and repetition inflates acceptance
 
 
@@ -234,12 +239,14 @@ def encode(value: msgspec.Struct) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=1) if len(msgspec.json.encode(value)) < 200_000 else _by_line(value)
 
 
-def decode_checked(content: bytes, kind: type, schema_version: int, what: str):
-    """A value of `kind` from JSON, the version looked at first."""
+def decode_checked(content: bytes, kind: type, schema_version: int, what: str, tag: str | None = None):
+    """A value of `kind` from JSON; its version, and `tag`, the field "kind" of those files that have one, are looked at first."""
     try:
-        version = msgspec.json.decode(content, type=_Versioned).schema_version
-        if version != schema_version:
-            raise BadInput(f"{what} has schema_version {version}, this planner reads {schema_version}; make it again with this version")
+        head = msgspec.json.decode(content, type=Head)
+        if head.kind != tag:
+            raise BadInput(f"{what} is {KINDS.get(head.kind, f'of an unknown kind, {_shortened(repr(head.kind))}')}; this needs {KINDS[tag]}")
+        if head.schema_version != schema_version:
+            raise BadInput(f"{what} has schema_version {head.schema_version}, this planner reads {schema_version}; make it again with this version")
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"{what} is not valid: {_shortened(str(error))}") from None
@@ -250,8 +257,11 @@ def _shortened(message: str) -> str:
     return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
 
 
-class _Versioned(msgspec.Struct):
+class Head(msgspec.Struct):
+    """What a file says of itself."""
+
     schema_version: int
+    kind: str | None = None
 
 
 def _by_line(value: msgspec.Struct) -> bytes:

@@ -9,10 +9,11 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
-from planner.files import write_whole
-from planner.measurements import Name, Share, encode
+from planner.files import read_bytes, write_whole
+from planner.measurements import SCHEMA_VERSION, Head, Name, Profile, Share, decode_checked, encode
 from planner.specs import Count, DraftLen, Positive, Size, Spec
 
 SERVING_SCHEMA_VERSION = 1
@@ -98,3 +99,22 @@ class ServingProfile(Spec, kw_only=True):
 def save_serving_profile(profile: ServingProfile, path: str | Path) -> None:
     """Write a profile whole."""
     write_whole(path, encode(profile))
+
+
+def load_any_profile(path: str | Path) -> Profile | ServingProfile:
+    """Read and check a profile of either kind, by what it says it is; BadInput names the field that is wrong."""
+    content = read_bytes(path, "profile")
+    try:
+        serving = msgspec.json.decode(content, type=Head).kind == "serving"
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        serving = False  # refused below, with what is wrong
+    return _decode_serving(content, path) if serving else decode_checked(content, Profile, SCHEMA_VERSION, f"profile {path}")
+
+
+def load_serving_profile(path: str | Path) -> ServingProfile:
+    """Read and check a profile of a serving engine."""
+    return _decode_serving(read_bytes(path, "profile"), path)
+
+
+def _decode_serving(content: bytes, path: str | Path) -> ServingProfile:
+    return decode_checked(content, ServingProfile, SERVING_SCHEMA_VERSION, f"profile {path}", "serving")
