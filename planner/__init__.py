@@ -1,6 +1,6 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
-The verbs are functions: profile, plan, estimate, check, sweep, replay, generate, and load_profile, load_plan for their files.
+The verbs are functions: profile, plan, schedule (a plan by load), estimate, estimate_served, check, sweep, replay, generate, and load_profile, load_plan for their files.
 """
 
 from importlib import import_module
@@ -11,6 +11,8 @@ _WHERE = {
     "profile": "planner.commands.profile",
     "plan": "planner.commands.plan",
     "estimate": "planner.commands.plan",
+    "schedule": "planner.commands.schedule",
+    "estimate_served": "planner.commands.schedule",
     "Asked": "planner.commands.flags",
     "check": "planner.commands.check",
     "sweep": "planner.commands.check",
@@ -21,6 +23,8 @@ _WHERE = {
     "load_any_profile": "planner.serving",
     "load_plan": "planner.plans",
     "save_plan": "planner.plans",
+    "load_schedule": "planner.schedules",
+    "save_schedule": "planner.schedules",
 }
 
 __all__ = ["__version__", *_WHERE]

@@ -1,8 +1,11 @@
 """Loads of a serving engine, from a model of its measured cells."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from planner.cost.serving import Cells, ServingModel
+from planner.errors import BadInput
 from planner.schedules import Setting
 from planner.search.loads import Forecast
 from planner.serving import OFF
@@ -11,10 +14,14 @@ from planner.serving import OFF
 class EngineLoads:
     """Over a model of an engine's measured cells: off, each drafter idle, and each at 1 to its longest measured draft_len."""
 
-    def __init__(self, model: ServingModel, output_len: int):
+    def __init__(self, model: ServingModel, output_len: int, asked: Sequence[Setting] = ()):
+        """asked  settings beside the candidates, such as a draft_len beyond those measured"""
         self._model, self.output_len = model, output_len
         loaded = [name for name in model.drafters if name != OFF]
         self.settings = [Setting(), *(Setting(drafter=name, draft_len=k) for name in loaded for k in range(model.max_draft_len[name] + 1))]
+        if unknown := [setting.drafter for setting in asked if setting.drafter not in model.drafters]:
+            raise BadInput(f"the profile knows drafters {', '.join(model.drafters)}, got {unknown[0]!r}; measure it, or choose one of them")
+        self.settings += [setting for setting in dict.fromkeys(asked) if setting not in self.settings]
         place = {name: i for i, name in enumerate(model.drafters)}
         self._drafter = np.array([place[setting.drafter] for setting in self.settings])
         self._draft_len = np.array([setting.draft_len for setting in self.settings])

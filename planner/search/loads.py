@@ -59,7 +59,9 @@ def compare_with_off(
 ) -> list[Compared]:
     """Each setting's estimate, off's at the same load, and the speedup between them."""
     off = np.zeros_like(setting)
-    ratio = -np.log(_cost(loads.predict(setting, concurrency, context_len), objective) / _cost(loads.predict(off, concurrency, context_len), objective))
+    ratio = -np.log(
+        _cost(loads.predict(setting, concurrency, context_len), objective) / _cost(loads.predict(off, concurrency, context_len), objective)
+    )
     sd = loads.ratio_sd(setting, off, concurrency, context_len, measure(objective))
     found = estimates(loads, setting, concurrency, context_len, price_per_s)
     plain = estimates(loads, off, concurrency, context_len, price_per_s)
@@ -80,7 +82,9 @@ def estimates(loads: Loads, setting: np.ndarray, concurrency: np.ndarray, contex
         throughput = log_interval(np.log(f.output_tokens_per_s[i]), f.sd_throughput[i])
         price = None
         if price_per_s is not None:
-            price = Interval(value=1e6 * price_per_s / throughput.value, low=1e6 * price_per_s / throughput.high, high=1e6 * price_per_s / throughput.low)
+            price = Interval(
+                value=1e6 * price_per_s / throughput.value, low=1e6 * price_per_s / throughput.high, high=1e6 * price_per_s / throughput.low
+            )
         found.append(
             ServedEstimate(
                 setting=what,

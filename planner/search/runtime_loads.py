@@ -13,10 +13,10 @@ from planner.errors import BadInput
 from planner.measurements import Profile
 from planner.schedules import Setting
 from planner.search.loads import HALF_WIDTH, Forecast
-from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict
+from planner.search.objective import Prediction, difference, fit_models, objective_s, predict
 from planner.search.optimize import candidates
 from planner.serving import OFF
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, Workload, describe_drafter
+from planner.specs import PLAIN, DrafterSpec, FullKV, Sampler, Workload, describe_drafter
 from planner.units import format_bytes
 
 
@@ -124,7 +124,9 @@ class RuntimeLoads:
 def _names(drafters: list[DrafterSpec]) -> dict[DrafterSpec, str]:
     """A name for each, its path in full where two would be called alike."""
     short = [describe_drafter(drafter) for drafter in drafters]
-    return {d: OFF if d == PLAIN.drafter else f"{name} ({d.path})" if short.count(name) > 1 else name for d, name in zip(drafters, short, strict=True)}
+    return {
+        d: OFF if d == PLAIN.drafter else f"{name} ({d.path})" if short.count(name) > 1 else name for d, name in zip(drafters, short, strict=True)
+    }
 
 
 def _sd(interval) -> float:

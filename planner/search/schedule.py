@@ -7,6 +7,7 @@ are served as well as frequent ones: a histogram of load decides which drafter i
 S settings    X contexts    C concurrencies    n  loads of a row
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -124,7 +125,9 @@ def make_schedule(loads: Loads, question: Question, **about) -> Schedule:
         disagreements=_disagreements(grid),
         estimates=_at_ends(grid, chosen),
         num_candidates=grid.forecast.tpot_s.size,
-        notes=loads.notes + [f"{name} cannot be loaded at every load asked about, so no server is offered with it" for name in unable] + _notes(grid, rows),
+        notes=loads.notes
+        + [f"{name} cannot be loaded at every load asked about, so no server is offered with it" for name in unable]
+        + _notes(grid, rows),
         **about,
     )
 
@@ -202,7 +205,7 @@ def _stretches(grid: Grid, path: Path, x: int) -> list[tuple[int, int]]:
 
 def context_ranges(contexts: list[int]) -> list[tuple[int, int]]:
     """From and to of the row of each context: cut in the middle between two on a log scale, from 1 to the longest asked about."""
-    cuts = [int(np.sqrt(a * b)) for a, b in zip(contexts[:-1], contexts[1:], strict=True)]
+    cuts = [int(np.sqrt(a * b)) for a, b in pairwise(contexts)]
     return list(zip([1, *(cut + 1 for cut in cuts)], [*cuts, contexts[-1]], strict=True))
 
 
@@ -212,17 +215,16 @@ def _row(grid: Grid, path: Path, x: int, first: int, last: int, context_range: t
     own = path.score[path.members == setting, x, first : last + 1]  # [1, n]
     weights = None if grid.asked.weights is None else grid.asked.weights[x, first : last + 1]
     share = weights / weights.sum() if weights is not None and weights.sum() > 0 else np.full(last + 1 - first, 1 / (last + 1 - first))
-    able = (path.members != setting) & np.isfinite(path.score[:, x, first : last + 1]).all(1)
+    able = (path.members != setting) & np.isfinite(path.score[:, x, first : last + 1]).any(1)
     others = path.members[able]
-    ahead = np.minimum((own - path.score[able, x, first : last + 1]) @ share, LARGEST)  # [others]
+    ahead = np.minimum(-np.log(np.maximum(np.exp(path.score[able, x, first : last + 1] - own) @ share, 1e-9)), LARGEST)  # [others]
     places = np.unique([first, (first + last) // 2, last])  # errors change slowly with load
     which, at = (index.ravel() for index in np.indices((len(others), len(places))))
     sd = _ratio_sd(grid, np.full(len(which), setting), others[which], np.full(len(which), x), places[at], grid.asked.objective)
     sd = sd.reshape(len(others), len(places)).mean(1)
-    margins = [_relative(value, width) for value, width in zip(ahead, sd, strict=True)]
-    order = sorted(np.argsort(ahead, kind="stable"), key=lambda i: others[i] != 0)  # that it may not pay at all comes first
+    tied = sorted(np.flatnonzero(ahead <= HALF_WIDTH * sd), key=lambda i: (others[i] != 0, ahead[i]))  # that it may not pay at all comes first
     runner_up = int(ahead.argmin()) if len(others) else None
-    margin = margins[runner_up] if runner_up is not None else Interval(value=0.0, low=0.0, high=0.0)
+    margin = _relative(ahead[runner_up], sd[runner_up]) if runner_up is not None else Interval(value=0.0, low=0.0, high=0.0)
     settings, what = grid.loads.settings, grid.loads.settings[setting]
     excess = violation(Forecast(*(v[setting, x, first : last + 1] for v in grid.forecast)), grid.asked.limits).max()
     return ScheduleRow(
@@ -238,10 +240,13 @@ def _row(grid: Grid, path: Path, x: int, first: int, last: int, context_range: t
         margin_high=margin.high,
         runner_up=settings[others[runner_up]] if runner_up is not None else None,
         ties=[
-            SettingTie(setting=settings[others[i]], difference=margins[i], cost_of_being_wrong=max(0.0, 1 / (1 + margins[i].low) - 1))
-            for i in order
-            if margins[i].low <= 0
-        ][:MAX_TIES],
+            SettingTie(
+                setting=settings[others[i]],
+                difference=_relative(ahead[i], sd[i]),
+                cost_of_being_wrong=max(0.0, float(np.expm1(min(HALF_WIDTH * sd[i] - ahead[i], LARGEST)))),
+            )
+            for i in tied[:MAX_TIES]
+        ],
         violation=min(float(excess), 1e9),
         extrapolated=bool(grid.forecast.extrapolated[setting, x, first : last + 1].any()),
         weight=None if weights is None else float(weights.sum()),
@@ -285,7 +290,7 @@ def _flips(grid: Grid, path: Path) -> list[Flip]:
     found = []
     C = len(grid.concurrency)
     for x, context_len in enumerate(grid.asked.contexts):
-        for (start, _), (first, _) in zip(runs(path.chosen[x])[:-1], runs(path.chosen[x])[1:], strict=True):
+        for (start, _), (first, _) in pairwise(runs(path.chosen[x])):
             before, after = int(path.chosen[x, start]), int(path.chosen[x, first])
             gap = path.score[path.members == before, x][0] - path.score[path.members == after, x][0]
             sd = _ratio_sd(grid, np.full(C, before), np.full(C, after), np.full(C, x), np.arange(C), grid.asked.objective)
@@ -345,9 +350,7 @@ def _notes(grid: Grid, rows: list[ScheduleRow]) -> list[str]:
     for row in rows:
         if row.violation > 0:
             at = f"concurrency {row.concurrency_from} to {row.concurrency_to}, context {row.context_from} to {row.context_to}"
-            notes.append(
-                f"at {at} nothing keeps the limits: {describe_setting(row.setting)} violates them least, by up to {row.violation:.0%}"
-            )
+            notes.append(f"at {at} nothing keeps the limits: {describe_setting(row.setting)} violates them least, by up to {row.violation:.0%}")
     if any(row.extrapolated for row in rows):
         notes.append("some rows reach beyond what was measured; their intervals are guesses there: measure a cell at the far end")
     return notes

@@ -36,7 +36,9 @@ def score(loads, setting, concurrency, context_len, objective):
 
 
 @given(
-    loss=st.integers(1, 4).flatmap(lambda S: st.lists(st.lists(st.sampled_from([0, 0.001, 0.003, 0.02]), min_size=S, max_size=S), min_size=1, max_size=6))
+    loss=st.integers(1, 4).flatmap(
+        lambda S: st.lists(st.lists(st.sampled_from([0, 0.001, 0.003, 0.02]), min_size=S, max_size=S), min_size=1, max_size=6)
+    )
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_the_fewest_rows_are_what_brute_force_finds(loss):
@@ -156,7 +158,9 @@ def test_a_margin_is_the_advantage_over_the_best_other_setting_of_its_row():
     for row in scheduled(loads, last=128).schedule:
         span = range(row.concurrency_from, row.concurrency_to + 1)
         others = {
-            other: np.mean([score(loads, row.setting, c, 1000, "throughput") - score(loads, other, c, 1000, "throughput") for c in span])
+            other: -np.log(
+                np.mean([np.exp(score(loads, other, c, 1000, "throughput") - score(loads, row.setting, c, 1000, "throughput")) for c in span])
+            )
             for other in loads.settings
             if other != row.setting and not other.idle
         }
