@@ -52,7 +52,8 @@ def schedule(
                in any unit, that the server spends at each load; it decides which drafter is worth loading
     memory_cap_bytes, temperature, top_p and top_k are for profiles of the own runtime, tensor_parallel for those of engines
     """
-    from planner.search.schedule import Question, make_schedule
+    from planner.search.grid import Question
+    from planner.search.schedule import make_schedule
 
     _check_goodput(objective, goodput)
     check_objective(objective, price_per_hour)

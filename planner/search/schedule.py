@@ -7,81 +7,21 @@ are served as well as frequent ones: a histogram of load decides which drafter i
 S settings    X contexts    C concurrencies    n  loads of a row
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 import planner
-from planner.errors import BadInput
 from planner.plans import Interval
-from planner.schedules import Compared, Deployment, Disagreement, Flip, Limits, Schedule, ScheduleRow, SettingTie, describe_setting
-from planner.search.loads import HALF_WIDTH, Forecast, Loads, compare_with_off, log_interval, measure
-from planner.search.rows import fewest_rows, runs
-from planner.serving import OFF
-from planner.specs import Objective
+from planner.schedules import Compared, Deployment, Disagreement, Flip, Schedule, ScheduleRow, SettingTie, describe_setting
+from planner.search.grid import TIED, Grid, Path, Question, choose, evaluate, ratio_sds, some_places, violation
+from planner.search.loads import HALF_WIDTH, Forecast, Loads, compare_with_off, log_interval
+from planner.search.rows import runs
 
-TOLERANCE = 0.005
-TIED = 2 * TOLERANCE
 MAX_TIES = 5
-MAX_CANDIDATES = 5_000_000  # settings x loads x contexts: about 1 GB of numbers
-BROKEN = 50.0  # taken off the score of what breaks a limit that something else keeps; a score is a logarithm
 LARGEST = np.log(1e3)  # what a margin is cut at: where nothing else keeps the limits it would be infinite
-
-
-class Question(NamedTuple):
-    """What a schedule is asked for."""
-
-    concurrency_from: int
-    concurrency_to: int
-    contexts: list[int]  # ascending
-    objective: Objective
-    limits: Limits = Limits()
-    weights: np.ndarray | None = None  # [X, C] of a histogram of load, sum 1; None: every load counts alike
-    price_per_s: float | None = None  # of all devices
-
-
-class Grid(NamedTuple):
-    """Every setting at every load."""
-
-    loads: Loads
-    asked: Question
-    concurrency: np.ndarray  # [C]
-    forecast: Forecast  # [S, X, C]
-    free: np.ndarray  # settings to choose from where each load may have its own server: an idle drafter is never worth loading
-
-    def score(self, members: np.ndarray, objective: Objective) -> np.ndarray:
-        """[members, X, C] logarithm of what is gained, the larger the better; -inf where it cannot run."""
-        f = Forecast(*(values[members] for values in self.forecast))
-        speed = -np.log(f.tpot_s) if objective == "tpot" else np.log(f.output_tokens_per_s)
-        speed = np.where(np.isnan(speed), -np.inf, speed)
-        if objective != "goodput":
-            return speed
-        excess = violation(f, self.asked.limits)
-        kept = excess == 0
-        return np.where(kept, speed, np.where(kept.any(0), speed - BROKEN, np.where(np.isinf(speed), speed, -np.log1p(excess))))
-
-    def value(self, path: np.ndarray) -> np.ndarray:
-        """[X, C] what adds up over loads: tokens/s, or seconds of tpot and e2e. path  [X, C]"""
-        x, c = np.indices(path.shape)
-        throughput = self.forecast.output_tokens_per_s[path, x, c]
-        match self.asked.objective:
-            case "tpot":
-                return self.forecast.tpot_s[path, x, c]
-            case "e2e":  # Little's law: each request is followed by the next
-                return self.concurrency * self.loads.output_len / throughput
-            case "goodput":
-                return throughput * (violation(Forecast(*(v[path, x, c] for v in self.forecast)), self.asked.limits) == 0)
-        return throughput
-
-
-class Path(NamedTuple):
-    """A setting for every load."""
-
-    members: np.ndarray  # settings it was chosen from
-    score: np.ndarray  # [members, X, C]
-    best: np.ndarray  # [X, C] the best of them at each load
-    chosen: np.ndarray  # [X, C] in few rows
 
 
 def make_schedule(loads: Loads, question: Question, **about) -> Schedule:
@@ -90,25 +30,31 @@ def make_schedule(loads: Loads, question: Question, **about) -> Schedule:
     Without a histogram it is the best at each load, deployments free to differ; with one it is that of the best deployment.
     """
     grid = evaluate(loads, question)
-    free = choose(grid, grid.free, question.objective)
+    members = {
+        name: np.array([i for i, s in enumerate(loads.settings) if s.drafter == name]) for name in dict.fromkeys(s.drafter for s in loads.settings)
+    }
+    able = {name: own for name, own in members.items() if np.isfinite(grid.forecast.tpot_s[own]).any(0).all()}
+    free, *paths = choose(grid, [grid.free, *able.values()], question.objective)
     counts = _counts(grid, free)
-    names = list(dict.fromkeys(setting.drafter for setting in loads.settings))
-    members = {name: np.array([i for i, setting in enumerate(loads.settings) if setting.drafter == name]) for name in names}
-    names = [name for name in names if np.isfinite(grid.forecast.tpot_s[members[name]]).any(0).all()]  # those that can be loaded everywhere
-    unable = [name for name in members if name not in names]
-    paths = {name: choose(grid, members[name], question.objective) for name in names}
-    totals = {name: _total(grid, path.chosen, counts) for name, path in paths.items()}
+    totals = [_total(grid, path.chosen, counts) for path in paths]
+    best, off = _total(grid, free.best, counts)[0], totals[0][0]
+    free_rows, *rows = _rows(grid, [free, *paths])
     deployments = [
         Deployment(
             drafter=name,
-            schedule=_rows(grid, paths[name]),
-            loss=max(0.0, -float(np.expm1(totals[name][0] - _total(grid, free.best, counts)[0]))) if np.isfinite(totals[name][0]) else 1.0,
-            gain_over_off=_gain(grid, paths[name].chosen, totals[name][0] - totals[OFF][0], counts) if np.isfinite(totals[OFF][0]) else None,
+            schedule=own,
+            loss=float(np.clip(-np.expm1(total - best), 0.0, 1.0)) if np.isfinite(best) else 0.0,
+            gain_over_off=gain if np.isfinite(off) else None,
         )
-        for name in sorted(names, key=lambda name: totals[name], reverse=True)  # stable: off is first among equals
+        for name, own, (total, _), gain in zip(
+            able, rows, totals, _gains(grid, paths, [total - off if np.isfinite(off) else 0.0 for total, _ in totals], counts), strict=True
+        )
     ]
-    chosen = paths[deployments[0].drafter] if question.weights is not None else free
-    rows = deployments[0].schedule if question.weights is not None else _rows(grid, free)
+    order = sorted(range(len(paths)), key=lambda i: totals[i], reverse=True)  # stable: off is first among equals
+    if question.weights is None:
+        deployment, chosen, schedule = None, free, free_rows
+    else:
+        deployment, chosen, schedule = deployments[order[0]].drafter, paths[order[0]], rows[order[0]]
     return Schedule(
         planner_version=planner.__version__,
         objective=question.objective,
@@ -118,82 +64,75 @@ def make_schedule(loads: Loads, question: Question, **about) -> Schedule:
         contexts=question.contexts,
         output_len=loads.output_len,
         weighted=question.weights is not None,
-        deployment=deployments[0].drafter if question.weights is not None else None,
-        schedule=rows,
+        deployment=deployment,
+        schedule=schedule,
         flips=_flips(grid, chosen),
-        deployments=deployments,
+        deployments=[deployments[i] for i in order],
         disagreements=_disagreements(grid),
         estimates=_at_ends(grid, chosen),
         num_candidates=grid.forecast.tpot_s.size,
-        notes=loads.notes
-        + [f"{name} cannot be loaded at every load asked about, so no server is offered with it" for name in unable]
-        + _notes(grid, rows),
+        notes=[
+            *loads.notes,
+            *(f"{name} cannot be loaded at every load asked about, so no server is offered with it" for name in members if name not in able),
+            *_notes(grid, schedule),
+        ],
         **about,
     )
 
 
-def evaluate(loads: Loads, question: Question) -> Grid:
-    """Every setting at every load."""
-    concurrency = np.arange(question.concurrency_from, question.concurrency_to + 1)
-    shape = len(loads.settings), len(question.contexts), len(concurrency)
-    if np.prod(shape) > MAX_CANDIDATES:
-        raise BadInput(
-            f"settings x concurrencies x contexts must be at most {MAX_CANDIDATES}, got {' x '.join(map(str, shape))}; "
-            "narrow --max-concurrency or give fewer --isl"
-        )
-    setting, x, c = (index.ravel() for index in np.indices(shape))
-    found = loads.predict(setting, concurrency[c], np.array(question.contexts)[x])
-    forecast = Forecast(*(np.asarray(values).reshape(shape) for values in found))
-    if question.limits.ttft_s is not None and np.isnan(forecast.ttft_s).all():
-        raise BadInput("a limit of ttft needs times to the first token, and the profile has none; drop ttft from --goodput")
-    free = np.array([i for i, setting in enumerate(loads.settings) if not setting.idle])
-    return Grid(loads, question, concurrency, forecast, free)
-
-
-def violation(forecast: Forecast, limits: Limits) -> np.ndarray:
-    """By how much the worse of the two limits is exceeded, relatively; 0 where both are kept, inf where it is not known."""
-    excess = np.zeros_like(forecast.tpot_s)
-    for values, limit in ((forecast.tpot_s, limits.tpot_s), (forecast.ttft_s, limits.ttft_s)):
-        if limit is not None:
-            excess = np.maximum(excess, np.where(np.isnan(values), np.inf, values / limit - 1))
-    return np.where(np.isnan(forecast.tpot_s), np.inf, excess)
-
-
-def choose(grid: Grid, members: np.ndarray, objective: Objective) -> Path:
-    """The best of some settings at each load, and the fewest rows that lose almost nothing against it."""
-    score = grid.score(members, objective)
-    best, top = score.argmax(0), score.max(0)
-    if np.isinf(top).any():
-        x, c = np.argwhere(np.isinf(top))[0]
-        raise BadInput(f"nothing can run at concurrency {grid.concurrency[c]} and context {grid.asked.contexts[x]}; lower one of them")
-    loss = -np.expm1(score - top)
-    close = (loss > TOLERANCE) & (loss <= TIED)
-    member, x, c = close.nonzero()
-    sd = _ratio_sd(grid, members[best[x, c]], members[member], x, c, objective)
-    close[member, x, c] = top[x, c] - score[member, x, c] <= HALF_WIDTH * sd
-    tight = loss <= TOLERANCE
-    chosen = []
-    for i in range(len(grid.asked.contexts)):
-        path = fewest_rows(loss[:, i], tight[:, i] | close[:, i])
-        if loss[path, i, np.arange(len(path))].mean() > TOLERANCE:
-            path = fewest_rows(loss[:, i], tight[:, i])
-        chosen.append(path)
-    return Path(members, score, members[best], members[np.array(chosen)])
-
-
-def _ratio_sd(grid: Grid, a: np.ndarray, b: np.ndarray, x: np.ndarray, c: np.ndarray, objective: Objective) -> np.ndarray:
-    """[n] of setting a against b at places x and c."""
-    if not len(a):
-        return np.zeros(0)
-    return grid.loads.ratio_sd(a, b, grid.concurrency[c], np.array(grid.asked.contexts)[x], measure(objective))
-
-
-def _rows(grid: Grid, path: Path) -> list[ScheduleRow]:
-    return [
-        _row(grid, path, x, first, last, edges)
+def _rows(grid: Grid, paths: Sequence[Path]) -> list[list[ScheduleRow]]:
+    """The rows of each path, and how they compare with the other settings it was chosen from."""
+    spans = [
+        _Span(path, x, first, last, edges)
+        for path in paths
         for x, edges in enumerate(context_ranges(grid.asked.contexts))
         for first, last in _stretches(grid, path, x)
     ]
+    rivals = [_rivals(grid, span) for span in spans]
+    questions = [
+        (span.setting, others[:, None], span.x, np.unique([span.first, (span.first + span.last) // 2, span.last])[None])  # errors change slowly
+        for span, (others, _) in zip(spans, rivals, strict=True)
+    ]
+    gaps = ratio_sds(grid, questions, grid.asked.objective)
+    rows = [
+        (span.path, _row(grid, span, others, ahead, sd.reshape(len(others), -1).mean(1) if len(others) else sd))
+        for span, (others, ahead), sd in zip(spans, rivals, gaps, strict=True)
+    ]
+    return [[row for own, row in rows if own is path] for path in paths]
+
+
+class _Span(NamedTuple):
+    """Where a row lies: at context x, from place `first` to `last`."""
+
+    path: Path
+    x: int
+    first: int
+    last: int
+    context_range: tuple[int, int]
+
+    @property
+    def setting(self) -> int:
+        return int(self.path.chosen[self.x, self.first])
+
+    @property
+    def loads(self) -> tuple[int, slice]:
+        return self.x, slice(self.first, self.last + 1)
+
+
+def _rivals(grid: Grid, span: _Span) -> tuple[np.ndarray, np.ndarray]:
+    """The best other setting of a row and those that may tie with it; and by how much the row's is ahead, a logarithm, mean over its loads."""
+    path, number = span.path, span.last + 1 - span.first
+    score, own = path.score[:, *span.loads], path.score[path.members == span.setting][:, *span.loads]
+    weights = np.zeros(1) if grid.asked.weights is None else grid.asked.weights[span.loads]
+    share = weights / weights.sum() if weights.sum() > 0 else np.full(number, 1 / number)
+    able = (path.members != span.setting) & np.isfinite(score).any(1)
+    ahead = np.minimum(-np.log(np.maximum(np.exp(score[able] - own) @ share, 1e-9)), LARGEST)
+    sds = grid.forecast.sd_tpot if grid.asked.objective == "tpot" else grid.forecast.sd_throughput
+    both = np.nan_to_num(sds[path.members[able]][:, *span.loads]).max(1) + sds[span.setting][span.loads].max()
+    near = ahead <= HALF_WIDTH * both  # a ratio is no less certain than both numbers were independent of each other's truth
+    if len(ahead):
+        near[ahead.argmin()] = True
+    return path.members[able][near], ahead[near]
 
 
 def _stretches(grid: Grid, path: Path, x: int) -> list[tuple[int, int]]:
@@ -209,29 +148,18 @@ def context_ranges(contexts: list[int]) -> list[tuple[int, int]]:
     return list(zip([1, *(cut + 1 for cut in cuts)], [*cuts, contexts[-1]], strict=True))
 
 
-def _row(grid: Grid, path: Path, x: int, first: int, last: int, context_range: tuple[int, int]) -> ScheduleRow:
-    """One setting from place `first` to `last`, and how it compares with the others there."""
-    setting = int(path.chosen[x, first])
-    own = path.score[path.members == setting, x, first : last + 1]  # [1, n]
-    weights = None if grid.asked.weights is None else grid.asked.weights[x, first : last + 1]
-    share = weights / weights.sum() if weights is not None and weights.sum() > 0 else np.full(last + 1 - first, 1 / (last + 1 - first))
-    able = (path.members != setting) & np.isfinite(path.score[:, x, first : last + 1]).any(1)
-    others = path.members[able]
-    ahead = np.minimum(-np.log(np.maximum(np.exp(path.score[able, x, first : last + 1] - own) @ share, 1e-9)), LARGEST)  # [others]
-    places = np.unique([first, (first + last) // 2, last])  # errors change slowly with load
-    which, at = (index.ravel() for index in np.indices((len(others), len(places))))
-    sd = _ratio_sd(grid, np.full(len(which), setting), others[which], np.full(len(which), x), places[at], grid.asked.objective)
-    sd = sd.reshape(len(others), len(places)).mean(1)
+def _row(grid: Grid, span: _Span, others: np.ndarray, ahead: np.ndarray, sd: np.ndarray) -> ScheduleRow:
+    """One row beside the settings `others`, which it is `ahead` of with a standard deviation `sd`, all [others]."""
     tied = sorted(np.flatnonzero(ahead <= HALF_WIDTH * sd), key=lambda i: (others[i] != 0, ahead[i]))  # that it may not pay at all comes first
     runner_up = int(ahead.argmin()) if len(others) else None
     margin = _relative(ahead[runner_up], sd[runner_up]) if runner_up is not None else Interval(value=0.0, low=0.0, high=0.0)
-    settings, what = grid.loads.settings, grid.loads.settings[setting]
-    excess = violation(Forecast(*(v[setting, x, first : last + 1] for v in grid.forecast)), grid.asked.limits).max()
+    settings, what = grid.loads.settings, grid.loads.settings[span.setting]
+    excess = violation(Forecast(*(v[span.setting, *span.loads] for v in grid.forecast)), grid.asked.limits).max()
     return ScheduleRow(
-        concurrency_from=int(grid.concurrency[first]),
-        concurrency_to=int(grid.concurrency[last]),
-        context_from=context_range[0],
-        context_to=context_range[1],
+        concurrency_from=int(grid.concurrency[span.first]),
+        concurrency_to=int(grid.concurrency[span.last]),
+        context_from=span.context_range[0],
+        context_to=span.context_range[1],
         drafter=what.drafter,
         draft_len=what.draft_len,
         kv=what.kv,
@@ -248,8 +176,8 @@ def _row(grid: Grid, path: Path, x: int, first: int, last: int, context_range: t
             for i in tied[:MAX_TIES]
         ],
         violation=min(float(excess), 1e9),
-        extrapolated=bool(grid.forecast.extrapolated[setting, x, first : last + 1].any()),
-        weight=None if weights is None else float(weights.sum()),
+        extrapolated=bool(grid.forecast.extrapolated[span.setting, *span.loads].any()),
+        weight=None if grid.asked.weights is None else float(grid.asked.weights[span.loads].sum()),
     )
 
 
@@ -276,42 +204,49 @@ def _total(grid: Grid, path: np.ndarray, counts: np.ndarray) -> tuple[float, flo
     return float(-gained if grid.asked.objective in ("tpot", "e2e") else gained), -float(excess.mean())
 
 
-def _gain(grid: Grid, path: np.ndarray, ratio: float, counts: np.ndarray) -> Interval | None:
-    """Of a path over off, all loads together. What is not known is taken as shared by the loads, so nothing averages out."""
-    if not np.isfinite(ratio):
-        return Interval(value=-1.0, low=-1.0, high=-1.0)  # keeps the limits nowhere
-    x, c = (index.ravel() for index in np.indices(path.shape))
-    sd = np.where(path.ravel() == 0, 0.0, _ratio_sd(grid, path.ravel(), np.zeros_like(x), x, c, grid.asked.objective))
-    share = (grid.value(path) * counts).ravel()
-    return _relative(min(ratio, LARGEST), float(sd @ share / share.sum()))
+def _gains(grid: Grid, paths: Sequence[Path], ratios: Sequence[float], counts: np.ndarray) -> list[Interval]:
+    """Of each path over off, all loads together. What is not known is taken as shared by the loads, so nothing averages out."""
+    c = some_places(len(grid.concurrency))
+    x = np.arange(len(grid.asked.contexts))[:, None]
+    found = []
+    for path, ratio, sd in zip(paths, ratios, ratio_sds(grid, [(p.chosen[:, c], 0, x, c) for p in paths], grid.asked.objective), strict=True):
+        along = np.array([np.interp(np.arange(len(grid.concurrency)), c, own) for own in sd.reshape(-1, len(c))])  # [X, C]
+        share = grid.value(path.chosen) * counts
+        unsure = float((along * share).sum() / share.sum()) if share.sum() > 0 else 0.0
+        found.append(_relative(float(np.clip(ratio, -LARGEST, LARGEST)), unsure))
+    return found
 
 
 def _flips(grid: Grid, path: Path) -> list[Flip]:
-    found = []
+    pairs = [
+        (x, int(path.chosen[x, start]), int(path.chosen[x, first]), first)
+        for x in range(len(grid.asked.contexts))
+        for (start, _), (first, _) in pairwise(runs(path.chosen[x]))
+    ]
     C = len(grid.concurrency)
-    for x, context_len in enumerate(grid.asked.contexts):
-        for (start, _), (first, _) in pairwise(runs(path.chosen[x])):
-            before, after = int(path.chosen[x, start]), int(path.chosen[x, first])
-            gap = path.score[path.members == before, x][0] - path.score[path.members == after, x][0]
-            sd = _ratio_sd(grid, np.full(C, before), np.full(C, after), np.full(C, x), np.arange(C), grid.asked.objective)
-            decided = ~(np.abs(gap) <= HALF_WIDTH * sd)
-            below, above = np.flatnonzero(decided[:first]), np.flatnonzero(decided[first:])
-            found.append(
-                Flip(
-                    context_len=context_len,
-                    concurrency=int(grid.concurrency[first]),
-                    lowest=int(grid.concurrency[below[-1] + 1 if len(below) else 0]),
-                    highest=int(grid.concurrency[first + above[0] if len(above) else C - 1]),
-                    before=grid.loads.settings[before],
-                    after=grid.loads.settings[after],
-                )
+    places = some_places(C)
+    gaps = ratio_sds(grid, [(before, after, x, places) for x, before, after, _ in pairs], grid.asked.objective)
+    found = []
+    for (x, before, after, first), sd in zip(pairs, gaps, strict=True):
+        gap = path.score[path.members == before, x][0] - path.score[path.members == after, x][0]
+        decided = ~(np.abs(gap) <= HALF_WIDTH * np.interp(np.arange(C), places, sd))
+        below, above = np.flatnonzero(decided[:first]), np.flatnonzero(decided[first:])
+        found.append(
+            Flip(
+                context_len=grid.asked.contexts[x],
+                concurrency=int(grid.concurrency[first]),
+                lowest=int(grid.concurrency[below[-1] + 1 if len(below) else 0]),
+                highest=int(grid.concurrency[first + above[0] if len(above) else C - 1]),
+                before=grid.loads.settings[before],
+                after=grid.loads.settings[after],
             )
+        )
     return found
 
 
 def _disagreements(grid: Grid) -> list[Disagreement]:
     """Where the best by time per token and the best by throughput cost each other more than nothing."""
-    quick, many = (choose(grid, grid.free, objective).chosen for objective in ("tpot", "throughput"))
+    quick, many = (choose(grid, [grid.free], objective)[0].chosen for objective in ("tpot", "throughput"))
     tpot, throughput, found = grid.forecast.tpot_s, grid.forecast.output_tokens_per_s, []
     for x, context_len in enumerate(grid.asked.contexts):
         for first, last in runs(np.stack([quick[x], many[x]], axis=1)):

@@ -12,8 +12,9 @@ from made_load import LawLoads, roofline
 
 from planner.errors import BadInput
 from planner.schedules import Limits
+from planner.search.grid import TIED, TOLERANCE, Question
 from planner.search.rows import fewest_rows, runs
-from planner.search.schedule import TIED, TOLERANCE, Question, context_ranges, make_schedule
+from planner.search.schedule import context_ranges, make_schedule
 
 ABOUT = {"profile_sha256": "0" * 64, "model": "made", "system": "made", "source": "made"}
 OBJECTIVES = ("throughput", "tpot", "e2e", "price")
