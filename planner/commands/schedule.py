@@ -3,6 +3,7 @@
 import csv
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -14,9 +15,12 @@ from planner.errors import BadInput
 from planner.files import read_bytes
 from planner.measurements import Head, fingerprint
 from planner.schedules import Compared, Limits, Schedule, Setting
-from planner.serving import OFF, ServingProfile, load_any_profile
+from planner.serving import OFF, ServedCell, ServingProfile, load_any_profile
 from planner.specs import Objective
 from planner.units import MAX_NUMBER
+
+if TYPE_CHECKING:
+    from planner.search.loads import Loads
 
 MAX_CELLS = 100_000  # of a table of cells
 CELL_COLUMNS = ("drafter", "draft_len", "concurrency", "context_len")
@@ -58,34 +62,29 @@ def schedule(
     _check_goodput(objective, goodput)
     check_objective(objective, price_per_hour)
     profile = load_any_profile(profile_path)
-    contexts = _contexts(sorted({cell.context_len for cell in profile.cells} if isinstance(profile, ServingProfile) else profile.contexts), contexts)
     if isinstance(profile, ServingProfile):
         _refuse({"--memory-cap": memory_cap_bytes, "--temperature": temperature, "--top-p": top_p, "--top-k": top_k})
-        measured = [cell.concurrency for cell in profile.cells if tensor_parallel in (None, cell.tensor_parallel)]
-        concurrency = concurrency or (min(measured, default=1), max(measured, default=1))
-        loads, devices = _engine_loads(profile, tensor_parallel, output_len)
-        about = {"model": profile.model.name, "system": profile.system.name, "source": profile.source, "tensor_parallel": devices}
+        cells = _cells_at(profile, tensor_parallel)
+        measured, batches = [cell.context_len for cell in cells], [cell.concurrency for cell in cells]
+    else:
+        if tensor_parallel is not None:
+            raise BadInput(f"--tp is for a profile of a serving engine, got {tensor_parallel} with one of the own runtime; drop it")
+        measured, batches = profile.contexts, [sample.batch for sample in profile.rounds if sample.draft_len == 0]
+    contexts = _contexts(measured, contexts)
+    concurrency = concurrency or (min(batches), max(batches))
+    weights = None if histogram is None else _weights(histogram, concurrency, contexts)  # before a fit, which takes longer than a look at a table
+    if isinstance(profile, ServingProfile):
+        loads, devices = _engine_loads(profile, tensor_parallel, output_len), cells[0].tensor_parallel
+        about = {"model": profile.model.name, "system": profile.system.name, "tensor_parallel": devices}
     else:
         from planner.search.runtime_loads import RuntimeLoads
 
-        if tensor_parallel is not None:
-            raise BadInput(f"--tp is for a profile of a serving engine, got {tensor_parallel} with one of the own runtime; drop it")
-        workloads = [find_workload(profile, context_len, output_len, temperature, top_p, top_k) for context_len in contexts]
-        batches = sorted({sample.batch for sample in profile.rounds if sample.draft_len == 0})
-        concurrency = concurrency or (batches[0], batches[-1])
-        loads = RuntimeLoads(profile, workloads[0].sampler, workloads[0].output_len, concurrency, memory_cap_bytes)
-        devices = profile.tensor_parallel
-        about = {"model": profile.model, "system": profile.device.name, "source": profile.source, "tensor_parallel": devices}
-    question = Question(
-        *concurrency,
-        contexts,
-        objective,
-        goodput,
-        None if histogram is None else _weights(histogram, concurrency, contexts),
-        None if price_per_hour is None else price_per_hour * devices / 3600,
-    )
-    sha256 = fingerprint(profile_path)
-    return make_schedule(loads, question, profile_sha256=sha256, price_per_hour=price_per_hour, memory_cap_bytes=memory_cap_bytes, **about)
+        workload = [find_workload(profile, context_len, output_len, temperature, top_p, top_k) for context_len in contexts][-1]
+        loads, devices = RuntimeLoads(profile, workload.sampler, workload.output_len, concurrency, memory_cap_bytes), 1
+        about = {"model": profile.model, "system": profile.device.name, "tensor_parallel": profile.tensor_parallel}
+    question = Question(*concurrency, contexts, objective, goodput, weights, None if price_per_hour is None else price_per_hour * devices / 3600)
+    about |= {"source": profile.source, "profile_sha256": fingerprint(profile_path)}
+    return make_schedule(loads, question, price_per_hour=price_per_hour, memory_cap_bytes=memory_cap_bytes, **about)
 
 
 def estimate_served(
@@ -111,16 +110,17 @@ def estimate_served(
         raise BadInput(
             "several cells at once are for a profile of a serving engine, got one of the own runtime; estimate one at a time without --cells"
         )
-    measured = sorted({cell.context_len for cell in profile.cells})
+    own = _cells_at(profile, tensor_parallel)
+    measured = [cell.context_len for cell in own]
     rows = [
         (_setting(drafter, draft_len), at, _contexts(measured, None if context is None else [context])) for drafter, draft_len, at, context in cells
     ]
     if severals := next((contexts for _, _, contexts in rows if len(contexts) > 1), None):
         raise BadInput(f"the profile holds several values ({'; '.join(map(str, severals))}); choose one with --isl")
-    loads, devices = _engine_loads(profile, tensor_parallel, output_len, [setting for setting, _, _ in rows])
+    loads = _engine_loads(profile, tensor_parallel, output_len, [setting for setting, _, _ in rows])
     places = {setting: i for i, setting in enumerate(loads.settings)}
     asked = np.array([(places[setting], at, contexts[0]) for setting, at, contexts in rows]).T
-    return compare_with_off(loads, *asked, objective, None if price_per_hour is None else price_per_hour * devices / 3600)
+    return compare_with_off(loads, *asked, objective, None if price_per_hour is None else price_per_hour * own[0].tensor_parallel / 3600)
 
 
 def asked_cell(asked: Asked, concurrency: int, context_len: int | None) -> list[tuple[str, int, int, int | None]]:
@@ -136,20 +136,26 @@ def read_cells(path: str | Path) -> list[tuple[str, int, int, int | None]]:
     return [(row["drafter"].strip() or OFF, *own) for (_, row), own in zip(rows, numbers, strict=True)]
 
 
-def _engine_loads(profile: ServingProfile, tensor_parallel: int | None, output_len: int | None, settings: list[Setting] = ()):
-    """Loads of an engine and on how many devices; `settings` beside the candidates."""
+def _cells_at(profile: ServingProfile, tensor_parallel: int | None) -> list[ServedCell]:
+    """Of one degree of tensor parallelism, the profile's only one where none is named."""
+    degrees = sorted({cell.tensor_parallel for cell in profile.cells})
+    if tensor_parallel not in degrees and (tensor_parallel is not None or len(degrees) > 1):
+        raise BadInput(f"the profile holds tensor parallelism {', '.join(map(str, degrees))}, got --tp {tensor_parallel}; choose one of them")
+    return [cell for cell in profile.cells if tensor_parallel in (None, cell.tensor_parallel)]
+
+
+def _engine_loads(profile: ServingProfile, tensor_parallel: int | None, output_len: int | None, asked: list[Setting] = ()) -> "Loads":
+    """Loads of an engine, with the settings `asked` beside the candidates."""
     from planner.cost.serving import fit_serving
     from planner.search.engine_loads import EngineLoads
 
-    model = fit_serving(profile, tensor_parallel)
-    own = [cell for cell in profile.cells if tensor_parallel in (None, cell.tensor_parallel)]
-    longest = max(cell.output_len for cell in own)
+    measured = {cell.output_len for cell in _cells_at(profile, tensor_parallel)}
     if output_len is not None and not 2 <= output_len <= MAX_NUMBER:
         raise BadInput(f"an output has at least 2 tokens, got {output_len}; set --osl")
-    loads = EngineLoads(model, output_len or longest, settings)
-    if output_len is None and any(cell.output_len != longest for cell in own):
-        loads.notes.append(f"outputs are taken as {longest} tokens long, the longest of those measured; --osl sets another length")
-    return loads, own[0].tensor_parallel
+    loads = EngineLoads(fit_serving(profile, tensor_parallel), output_len or max(measured), asked)
+    if output_len is None and len(measured) > 1:
+        loads.notes.append(f"outputs are taken as {max(measured)} tokens long, the longest of those measured; --osl sets another length")
+    return loads
 
 
 def _setting(drafter: str, draft_len: int) -> Setting:
@@ -159,7 +165,7 @@ def _setting(drafter: str, draft_len: int) -> Setting:
 
 
 def _contexts(measured: list[int], asked: list[int] | None) -> list[int]:
-    contexts = sorted(measured if asked is None else asked)
+    contexts = sorted(set(measured if asked is None else asked))
     if contexts[0] < 1:
         raise BadInput(f"context_len must be >= 1, got {contexts[0]}; set --isl")
     return contexts

@@ -59,15 +59,18 @@ def compare_with_off(
 ) -> list[Compared]:
     """Each setting's estimate, off's at the same load, and the speedup between them."""
     off = np.zeros_like(setting)
-    ratio = -np.log(
-        _cost(loads.predict(setting, concurrency, context_len), objective) / _cost(loads.predict(off, concurrency, context_len), objective)
-    )
-    sd = loads.ratio_sd(setting, off, concurrency, context_len, measure(objective))
     found = estimates(loads, setting, concurrency, context_len, price_per_s)
     plain = estimates(loads, off, concurrency, context_len, price_per_s)
+    sd = np.where(setting == 0, 0.0, loads.ratio_sd(setting, off, concurrency, context_len, measure(objective)))
+
+    def better(own: ServedEstimate, base: ServedEstimate) -> float:
+        if objective == "tpot":
+            return base.tpot_s.value / own.tpot_s.value
+        return own.output_tokens_per_s.value / base.output_tokens_per_s.value
+
     return [
-        Compared(estimate=own, baseline=base, speedup=log_interval(value, width))
-        for own, base, value, width in zip(found, plain, ratio, np.where(setting == 0, 0.0, sd), strict=True)
+        Compared(estimate=own, baseline=base, speedup=log_interval(math.log(better(own, base)), width))
+        for own, base, width in zip(found, plain, sd, strict=True)
     ]
 
 
@@ -115,7 +118,3 @@ def log_interval(value: float, sd: float) -> Interval:
     half = min(HALF_WIDTH * float(sd), 30.0)
     middle = math.exp(value)
     return Interval(value=middle, low=middle * math.exp(-half), high=middle * math.exp(half))
-
-
-def _cost(forecast: Forecast, objective: Objective) -> np.ndarray:
-    return forecast.tpot_s if objective == "tpot" else 1 / forecast.output_tokens_per_s

@@ -13,7 +13,7 @@ from planner.errors import BadInput
 from planner.measurements import Profile
 from planner.schedules import Setting
 from planner.search.loads import HALF_WIDTH, Forecast
-from planner.search.objective import Prediction, difference, fit_models, objective_s, predict
+from planner.search.objective import Prediction, difference, fit_models, predict
 from planner.search.optimize import candidates
 from planner.serving import OFF
 from planner.specs import PLAIN, DrafterSpec, FullKV, Sampler, Workload, describe_drafter
@@ -64,14 +64,15 @@ class RuntimeLoads:
         def of(figure) -> np.ndarray:
             return self._interpolated(config, concurrency, context_len, figure) * runs
 
-        seconds = of(lambda p: objective_s(p, "price"))
+        tpot_s, ttft_s = of(lambda p: p.estimate.tpot_s.value), of(lambda p: p.estimate.ttft_s.value)
+        seconds = (ttft_s + (self.output_len - 1) * tpot_s / concurrency) / self.output_len  # objective price: what is interpolated must be linear
         return Forecast(
-            tpot_s=of(lambda p: p.estimate.tpot_s.value),
+            tpot_s=tpot_s,
             output_tokens_per_s=1 / seconds,
             round_s=of(lambda p: p.estimate.round_s.value),
             tokens_per_round=of(lambda p: p.estimate.tokens_per_round.value),
             running=concurrency * runs,
-            ttft_s=of(lambda p: p.estimate.ttft_s.value),
+            ttft_s=ttft_s,
             sd_tpot=of(lambda p: _sd(p.estimate.tpot_s)),
             sd_throughput=of(lambda p: _sd(p.estimate.e2e_s)),
             sd_round=of(lambda p: _sd(p.estimate.round_s)),
@@ -91,8 +92,13 @@ class RuntimeLoads:
         key = (a, b, batch, context_len, of)
         if key not in self._ratios:
             one, other = self._at(a, batch, context_len), self._at(b, batch, context_len)
-            gap = difference(one, other, "tpot" if of == "tpot" else "price")
-            self._ratios[key] = 0.0 if a == b else float(np.log((1 + gap.high) / (1 + gap.value)) / HALF_WIDTH)
+            if one is None or other is None:
+                self._ratios[key] = np.nan
+            elif a == b:
+                self._ratios[key] = 0.0
+            else:
+                gap = difference(one, other, "tpot" if of == "tpot" else "price")
+                self._ratios[key] = float(np.log((1 + gap.high) / (1 + gap.value)) / HALF_WIDTH)
         return self._ratios[key]
 
     def _interpolated(self, config: np.ndarray, concurrency: np.ndarray, context_len: np.ndarray, figure) -> np.ndarray:
