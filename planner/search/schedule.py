@@ -129,7 +129,7 @@ def _rivals(grid: Grid, span: _Span) -> tuple[np.ndarray, np.ndarray]:
     ahead = np.minimum(-np.log(np.maximum(np.exp(score[able] - own) @ share, 1e-9)), LARGEST)
     sds = grid.forecast.sd_tpot if grid.asked.objective == "tpot" else grid.forecast.sd_throughput
     both = np.nan_to_num(sds[path.members[able]][:, *span.loads]).max(1) + sds[span.setting][span.loads].max()
-    near = ahead <= HALF_WIDTH * both  # a ratio is no less certain than both numbers were independent of each other's truth
+    near = ahead <= HALF_WIDTH * both  # a ratio deviates by at most what both numbers do together: the others cannot tie
     if len(ahead):
         near[ahead.argmin()] = True
     return path.members[able][near], ahead[near]
