@@ -1,7 +1,7 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
-The verbs are functions: profile, plan, estimate, capacity, check, sweep, replay, generate, import_bench, and load_profile, load_plan
-for their files.
+The verbs are functions: profile, plan, schedule (a plan by load), estimate, estimate_served, capacity, check, sweep, replay, generate,
+import_bench, and load_profile, load_plan for their files.
 """
 
 from importlib import import_module
@@ -12,6 +12,8 @@ _WHERE = {
     "profile": "planner.commands.profile",
     "plan": "planner.commands.plan",
     "estimate": "planner.commands.plan",
+    "schedule": "planner.commands.schedule",
+    "estimate_served": "planner.commands.schedule",
     "Asked": "planner.commands.flags",
     "capacity": "planner.commands.capacity",
     "check": "planner.commands.check",
@@ -24,6 +26,8 @@ _WHERE = {
     "load_any_profile": "planner.serving",
     "load_plan": "planner.plans",
     "save_plan": "planner.plans",
+    "load_schedule": "planner.schedules",
+    "save_schedule": "planner.schedules",
 }
 
 __all__ = ["__version__", *_WHERE]

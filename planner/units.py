@@ -47,6 +47,32 @@ def parse_numbers(text: str, kind: type, name: str) -> list:
     return list(dict.fromkeys(values))
 
 
+def parse_range(text: str, name: str) -> tuple[int, int]:
+    """First and last of "1..256", or of one number, which is both."""
+    match = re.fullmatch(r"\s*(\d{1,18})(?:\s*\.\.\s*(\d{1,18}))?\s*", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last <= MAX_NUMBER:
+        raise BadInput(f"{name} takes a whole number from 1 up, or a range of them such as 1..256, got {text[:80]!r}")
+    return first, last
+
+
+def parse_limits(texts: list[str], known: tuple[str, ...], name: str) -> dict[str, float]:
+    """Seconds by what they limit, from "tpot:50" in milliseconds; several in a text are separated by commas or spaces."""
+    limits = {}
+    for word in " ".join(texts).replace(",", " ").split():
+        what, _, number = word.partition(":")
+        try:
+            limit = float(number) / 1e3
+        except ValueError:
+            limit = math.nan
+        if what not in known or not 0 < limit <= MAX_NUMBER:
+            raise BadInput(f"{name} takes limits in ms of {' and '.join(known)}, got {word[:80]!r}; write for example {name} tpot:50 ttft:500")
+        if what in limits:
+            raise BadInput(f"{name} takes one limit of each kind, got two of {what}; drop one")
+        limits[what] = limit
+    return limits
+
+
 def words(text: str) -> list[str]:
     """The comma-separated words of a flag."""
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -34,7 +34,8 @@ Osl = Annotated[int | None, typer.Option("--osl", help="Generated tokens; defaul
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature, 0 is greedy; default: the profile's only sampler.")]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling, in (0, 1]; default: the profile's.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens, 0 keeps all; default: the profile's.")]
-Objective = Annotated[str, typer.Option(help=f"What to minimise: {', '.join(f'{name} ({words})' for name, words in OBJECTIVES.items())}.")]
+OBJECTIVE_HELP = f"What to optimise: {', '.join(f'{name} ({words})' for name, words in OBJECTIVES.items())}."
+Objective = Annotated[str, typer.Option(help=OBJECTIVE_HELP)]
 PricePerHour = Annotated[
     float | None,
     typer.Option(
@@ -42,6 +43,16 @@ PricePerHour = Annotated[
         "with one stream, objective price orders configurations as e2e does."
     ),
 ]
+Load = Annotated[
+    str | None,
+    typer.Option(
+        "--max-concurrency",
+        metavar="N|A..B",
+        help="Requests in the system at once: N of them all the time, default 1; a range such as 1..256 gives a schedule by load, "
+        "which a serving engine's profile always does, by default of the loads measured.",
+    ),
+]
+TensorParallel = Annotated[int | None, typer.Option("--tp", min=1, help="Devices that share the model; default: the profile's only number.")]
 Concurrency = Annotated[int, typer.Option("--max-concurrency", help="Streams that run side by side, all the time.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts and sampling.")]
 

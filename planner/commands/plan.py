@@ -39,7 +39,8 @@ def plan(
     """
     from planner.search.optimize import make_plan
 
-    _check_objective(objective, price_per_hour)
+    _check_single(objective)
+    check_objective(objective, price_per_hour)
     profile = load_profile(profile_path)
     workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k, batch)
     return make_plan(
@@ -63,7 +64,8 @@ def estimate(
     """One configuration of the caller's choosing, and plain decoding beside it."""
     from planner.search.objective import fit_models, predict, with_speedup
 
-    _check_objective(objective, price_per_hour)
+    _check_single(objective)
+    check_objective(objective, price_per_hour)
     profile = load_profile(profile_path)
     workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k, batch)
     models = fit_models(profile)
@@ -95,7 +97,12 @@ def find_workload(
     return checked(Workload(context_len=context_len, output_len=output_len, sampler=sampler, batch=batch))
 
 
-def _check_objective(objective: str, price_per_hour: float | None) -> None:
+def _check_single(objective: str) -> None:
+    if objective == "goodput":
+        raise BadInput("goodput depends on the load, and a plan is for one; give a range such as --max-concurrency 1..8 with --goodput tpot:50")
+
+
+def check_objective(objective: str, price_per_hour: float | None) -> None:
     if objective not in OBJECTIVES:
         raise BadInput(f"an objective is one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if price_per_hour is not None and not 0 < price_per_hour <= MAX_PRICE:  # not NaN either

@@ -2,7 +2,8 @@
 
 from planner.capacities import Capacity, CapacityRow
 from planner.plans import Interval
-from planner.report.terminal import Column, _console, _lines, _range, _show_table, _title, clean, show_warnings
+from planner.report.layout import Column, clean, format_interval, open_console, put_lines, put_title, show_table
+from planner.report.terminal import show_warnings
 from planner.units import format_bytes
 
 LIMITS = {"memory": "memory", "max_num_seqs": "max_num_seqs", "engine": "engine's cap", "concurrency": "load", "nothing fits": "nothing fits"}
@@ -10,12 +11,12 @@ LIMITS = {"memory": "memory", "max_num_seqs": "max_num_seqs", "engine": "engine'
 
 def show_capacity(capacity: Capacity) -> None:
     """The memory of a device, then a row for each setting; warnings go to stderr."""
-    console = _console()
+    console = open_console()
     show_warnings(capacity.warnings)
     devices = f"{capacity.tensor_parallel} x {capacity.system.name}" if capacity.tensor_parallel > 1 else capacity.system.name
     load = f"{capacity.context_len} -> {capacity.output_len} tokens"
     load += f", {capacity.max_concurrency} requests" if capacity.max_concurrency else ""
-    _title(console, f"Capacity of {clean(capacity.model.name)} on {clean(devices)} under {clean(capacity.engine)}: {load}; nothing measured")
+    put_title(console, f"Capacity of {clean(capacity.model.name)} on {clean(devices)} under {clean(capacity.engine)}: {load}; nothing measured")
 
     keys = [Column("drafter", lambda pool: clean(pool.drafter), right=False)]
     sizes = [
@@ -23,8 +24,8 @@ def show_capacity(capacity: Capacity) -> None:
         Column("KV pool", lambda pool: format_bytes(pool.bytes)),
         Column("a token", lambda pool: f"{pool.bytes_per_token / 1024:.4g} KiB"),
     ]
-    _show_table(console, keys, [sizes], capacity.pools)
-    _lines(console, _rest(capacity))
+    show_table(console, keys, [sizes], capacity.pools)
+    put_lines(console, _rest(capacity))
 
     keys = [Column("setting", _setting, right=False)]
     groups = [
@@ -35,8 +36,8 @@ def show_capacity(capacity: Capacity) -> None:
             Column("of all\ntogether", lambda row: _shown(row.break_even_throughput, decimals=2)),
         ],
     ]
-    _show_table(console, keys, groups, capacity.rows)
-    _lines(console, [("Break-even", BREAK_EVEN)] * (len(capacity.rows) > 1) + [("Assumed", clean(text)) for text in capacity.assumed])
+    show_table(console, keys, groups, capacity.rows)
+    put_lines(console, [("Break-even", BREAK_EVEN)] * (len(capacity.rows) > 1) + [("Assumed", clean(text)) for text in capacity.assumed])
 
 
 BREAK_EVEN = (
@@ -66,4 +67,4 @@ def _running(row: CapacityRow) -> str:
 
 
 def _shown(interval: Interval | None, scale: float = 1.0, decimals: int | None = None) -> str:
-    return "" if interval is None else _range(interval, scale, decimals)
+    return "" if interval is None else format_interval(interval, scale, decimals)

@@ -5,17 +5,18 @@ from pathlib import Path
 from rich.text import Text
 
 from planner.commands.import_bench import DrafterSummary, Summary
-from planner.report.terminal import Column, _console, _lines, _saved, _show_table, _title, clean, show_warnings
+from planner.report.layout import Column, clean, open_console, put_lines, put_title, saved_lines, show_table
+from planner.report.terminal import show_warnings
 from planner.serving import OFF
 from planner.units import format_bytes
 
 
 def show_import(summary: Summary, path: str | Path) -> None:
     """The report on stdout, the profile's warnings on stderr."""
-    console = _console()
+    console = open_console()
     show_warnings(summary.warnings)
     model, system = summary.model, summary.system
-    _title(
+    put_title(
         console,
         f"{summary.cells} cells of {clean(model.name)} ({format_bytes(model.weights_bytes)} of weights) on {clean(system.name)} "
         f"({format_bytes(system.memory_bytes)}, {system.fraction:.0%} of it), from {clean(summary.source)}",
@@ -26,10 +27,10 @@ def show_import(summary: Summary, path: str | Path) -> None:
         Column("concurrency", lambda row: _span(row.concurrency)),
         Column("context tokens", lambda row: _span(row.context_len)),
     ]
-    _show_table(console, [Column("drafter", _name, right=False)], [columns], summary.drafters)
+    show_table(console, [Column("drafter", _name, right=False)], [columns], summary.drafters)
     missing = [("Missing", clean(line)) for line in summary.missing]
     missing += [("Missing", f"of {_name(drafter)}: {clean(line)}") for drafter in summary.drafters for line in drafter.missing]
-    _lines(console, [*missing, *_saved(path)])
+    put_lines(console, [*missing, *saved_lines(path)])
     console.print(Text(clean(summary.next_command), style="bold"), soft_wrap=True)  # unbroken, to be pasted
 
 

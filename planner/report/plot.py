@@ -13,7 +13,7 @@ from rich.cells import cell_len
 
 from planner.errors import MissingExtra
 from planner.files import write_whole
-from planner.report.terminal import clean
+from planner.report.layout import clean
 from planner.specs import DraftConfig, SparseKV, describe, describe_drafter
 
 CELL_WIDTH, CELL_HEIGHT = 0.80, 0.62  # inches: three lines of legible text

@@ -12,28 +12,36 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 from rich.text import Text
 
 from planner.measurements import MIN_DISTINCT_4GRAMS, Profile, RoundSample
 from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Plan, Studied, Sweep, SweepCell
 from planner.replays import ServedDrafter, ServedGroup, ServedReplay, UnitCosts
+from planner.report.layout import (
+    Column,
+    clean,
+    format_interval,
+    format_memory,
+    format_number,
+    format_percent,
+    open_console,
+    put_lines,
+    put_title,
+    saved_lines,
+    show_table,
+)  # fmt: skip
 from planner.specs import OBJECTIVES, DrafterSpec, KVPolicy, SparseKV, describe, describe_drafter, describe_kv, describe_sampler, describe_workload
 from planner.units import format_bytes
 
 MAX_ROWS = 6  # reasons of refusal, or failures, before "and N more"
 HASH_CHARS = 12  # of a sha256, enough to recognise a file
 REFRESH_S = 0.1
-GAP = 2  # spaces between columns; rich puts one of them
-RULE = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # a line below the header, in any encoding
 
 
 # What everything goes through
@@ -46,7 +54,7 @@ def print_json(value: msgspec.Struct | dict) -> None:
 
 def write_text(piece: str) -> None:
     """A piece of generated text on stdout, at once; on a terminal without the control characters a model may come up with."""
-    console = _console()
+    console = open_console()
     if console.is_terminal:
         piece = "".join(char for char in piece if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs"))
     console.file.write(piece)
@@ -64,20 +72,15 @@ def show_warnings(warnings: Iterable[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def clean(text: object) -> str:
-    """One line without control, direction and surrogate characters: what a terminal may show of a name from outside."""
-    return "".join(char for char in re.sub(r"\s+", " ", str(text)) if unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
-
-
 # The reports
 
 
 def show_plan(plan: Plan, path: str | Path | None) -> None:
     """The choice, what it is compared with, why, and last the line to paste."""
-    console = _console()
+    console = open_console()
     cap = "no memory cap" if plan.memory_cap_bytes is None else f"memory cap {format_bytes(plan.memory_cap_bytes)}"
     objective = f"objective {OBJECTIVES[plan.objective]}"
-    _title(
+    put_title(
         console, f"Plan for {clean(plan.model)} ({clean(plan.dtype)}) on {clean(plan.device)}: {describe_workload(plan.workload)}; {objective}; {cap}"
     )
     ties = [tie.config for tie in plan.ties]
@@ -90,14 +93,16 @@ def show_plan(plan: Plan, path: str | Path | None) -> None:
 
     lines = [("Choice", _choice(plan))]
     if plan.best_speculative is not None:
-        predicted = next((f"; predicted {_range(e.tokens_per_round, decimals=2)}" for e in estimates if e.config == plan.best_speculative), "")
+        predicted = next(
+            (f"; predicted {format_interval(e.tokens_per_round, decimals=2)}" for e in estimates if e.config == plan.best_speculative), ""
+        )
         threshold = f"{plan.break_even_tokens_per_round:.2f} tokens per round"
         lines.append(("Break-even", f"{describe(plan.best_speculative)} pays above {threshold}{predicted}"))
     for tie in plan.ties:
         lines.append(
             (
                 "Tie",
-                f"{describe(tie.config)} costs {_percent(tie.difference)} %; if it is the better one, at most {100 * tie.cost_of_being_wrong:.1f} % is lost",
+                f"{describe(tie.config)} costs {format_percent(tie.difference)} %; if it is the better one, at most {100 * tie.cost_of_being_wrong:.1f} % is lost",
             )
         )
     lines += [("To settle", settle) for settle in dict.fromkeys(clean(tie.settle) for tie in plan.ties)]
@@ -106,85 +111,85 @@ def show_plan(plan: Plan, path: str | Path | None) -> None:
     lines += [
         ("Latency fit", f"{100 * plan.latency_error:.1f} % rms error on cells left out; {clean(plan.latency_form)}"),
         ("Profile", f"sha256 {plan.profile_sha256[:HASH_CHARS]}, latency from {clean(plan.source)}"),
-        *_saved(path),
+        *saved_lines(path),
     ]
-    _lines(console, lines)
+    put_lines(console, lines)
     console.print(Text(clean(plan.command), style="bold"), soft_wrap=True)  # unbroken, to be pasted
 
 
 def show_estimate(estimate: Estimate, baseline: Estimate) -> None:
     """One configuration beside plain decoding."""
-    console = _console()
+    console = open_console()
     _show_estimates(console, [baseline] if estimate.config == baseline.config else [baseline, estimate])
     between = f"standard deviation between texts {estimate.sd_rounds_per_token:.3f} rounds per token" if estimate.num_texts else ""
     lines = [("Acceptance", f"from {estimate.num_texts} texts; {between}")] if estimate.num_texts else []
-    _lines(console, lines + [("Note", clean(note)) for note in dict.fromkeys([*estimate.notes, *baseline.notes])])
+    put_lines(console, lines + [("Note", clean(note)) for note in dict.fromkeys([*estimate.notes, *baseline.notes])])
 
 
 def show_profile(profile: Profile, path: str | Path | None) -> None:
     """What was measured, in short; the profile's own warnings go to stderr."""
-    console = _console()
+    console = open_console()
     show_warnings(profile.warnings)
     device, environment = profile.device, profile.environment
     cores = f", {device.num_cores} threads" if device.num_cores else ""
-    _title(
+    put_title(
         console,
         f"Profile of {clean(profile.model)} ({profile.dtype}, {format_bytes(profile.weights_bytes)} of weights) "
         f"on {f'{profile.tensor_parallel} x ' * (profile.tensor_parallel > 1)}{clean(device.name)} ({format_bytes(device.memory_bytes)}{cores}), {clean(profile.source)}, {clean(profile.execution_mode)}",
     )
-    _title(console, "Texts that the target wrote")
-    _show_table(console, *_texts_table(profile))
-    _title(console, f"Acceptance: P(first draft is accepted), mean over texts with {100 * CONFIDENCE:.0f} % interval")
-    _show_table(console, *_acceptance_table(profile))
-    _title(console, "Rounds: medians, each phase by itself; start is selection and the first token, once per text")
-    _show_table(console, *_latency_table(profile))
+    put_title(console, "Texts that the target wrote")
+    show_table(console, *_texts_table(profile))
+    put_title(console, f"Acceptance: P(first draft is accepted), mean over texts with {100 * CONFIDENCE:.0f} % interval")
+    show_table(console, *_acceptance_table(profile))
+    put_title(console, "Rounds: medians, each phase by itself; start is selection and the first token, once per text")
+    show_table(console, *_latency_table(profile))
 
     load = "" if environment.load_1min is None else f"load {environment.load_1min:.1f}"
     busy = "" if environment.busy_share is None else f"others used {environment.busy_share:.0%} of the CPU before the run"
     gpu = [f"{clean(key)}={clean(value)}" for key, value in environment.gpu.items() if value not in (None, "")]
     lines = [
-        ("Prefill", "; ".join(f"{sample.context_len} tokens in {_number(float(np.median(sample.seconds)))} s" for sample in profile.prefill)),
+        ("Prefill", "; ".join(f"{sample.context_len} tokens in {format_number(float(np.median(sample.seconds)))} s" for sample in profile.prefill)),
         ("Energy", _energy(profile)),
         *_failed(profile),
         ("Machine", ", ".join(part for part in (load, busy, *gpu) if part)),
         ("Versions", f"planner {clean(environment.planner_version)}, torch {clean(environment.torch)}, {clean(environment.date)}"),
         ("Minutes", _minutes(profile.minutes)),
     ]
-    _lines(console, [line for line in lines if line[1]] + _saved(path))
+    put_lines(console, [line for line in lines if line[1]] + saved_lines(path))
 
 
 def show_check(check: Check, path: str | Path | None) -> None:
     """Predicted beside measured, and the verdict; the check's own warnings go to stderr."""
-    console = _console()
+    console = open_console()
     show_warnings(check.warnings)
     batch = max(trial.batch for cell in check.cells for trial in cell.trials)
     groups_of = f", {batch} side by side" * (batch > 1)
-    _title(console, f"Check on {check.num_texts} texts{groups_of}; objective {OBJECTIVES[check.objective]}")
+    put_title(console, f"Check on {check.num_texts} texts{groups_of}; objective {OBJECTIVES[check.objective]}")
     cells = sorted(check.cells, key=lambda cell: (cell.role != "baseline", cell.role != "chosen"))  # stable: runners-up stay in order
     config = [Column("configuration", lambda cell: describe(cell.config), right=False)]
     groups = [
         [
             Column("role", lambda cell: {"chosen": "choice", "baseline": "baseline", "runner_up": "runner-up"}[cell.role], right=False),
-            Column("predicted\nTPOT ms", lambda cell: _range(cell.predicted.tpot_s, 1e3)),
-            Column("measured\nTPOT ms", lambda cell: _range(cell.measured_tpot_s, 1e3)),
+            Column("predicted\nTPOT ms", lambda cell: format_interval(cell.predicted.tpot_s, 1e3)),
+            Column("measured\nTPOT ms", lambda cell: format_interval(cell.measured_tpot_s, 1e3)),
         ],
         [
-            Column("predicted\nround ms", lambda cell: _range(cell.predicted.round_s, 1e3)),
-            Column("measured\nround ms", lambda cell: _number(1e3 * cell.measured_round_s)),
+            Column("predicted\nround ms", lambda cell: format_interval(cell.predicted.round_s, 1e3)),
+            Column("measured\nround ms", lambda cell: format_number(1e3 * cell.measured_round_s)),
         ],
         [
-            Column("predicted\ntokens\nper round", lambda cell: _range(cell.expected_tokens_per_round, decimals=2)),
+            Column("predicted\ntokens\nper round", lambda cell: format_interval(cell.expected_tokens_per_round, decimals=2)),
             Column("measured\ntokens\nper round", lambda cell: f"{cell.measured_tokens_per_round:.2f}"),
         ],
         [
-            Column("predicted\nmemory", lambda cell: _memory(cell.predicted.memory_bytes)),
+            Column("predicted\nmemory", lambda cell: format_memory(cell.predicted.memory_bytes)),
             Column("measured\nmemory", lambda cell: format_bytes(cell.measured_memory_bytes)),
         ],
     ]
     if check.objective == "e2e":
         end_to_end = [
-            Column("predicted\nend-to-end s", lambda cell: _range(cell.predicted.e2e_s)),
-            Column("measured\nend-to-end s", lambda cell: _range(cell.measured_e2e_s)),
+            Column("predicted\nend-to-end s", lambda cell: format_interval(cell.predicted.e2e_s)),
+            Column("measured\nend-to-end s", lambda cell: format_interval(cell.measured_e2e_s)),
         ]
         groups.insert(1, end_to_end)
     if any(cell.measured_price_per_million_tokens is not None for cell in cells):
@@ -199,28 +204,28 @@ def show_check(check: Check, path: str | Path | None) -> None:
             Column("measured\nJ / token", lambda cell: _optional(cell.measured_joules_per_token)),
         ]
         groups.append(energy)
-    groups.append([Column("measured\nover choice %", lambda cell: "" if cell.role == "chosen" else _percent(cell.cost_over_choice))])
+    groups.append([Column("measured\nover choice %", lambda cell: "" if cell.role == "chosen" else format_percent(cell.cost_over_choice))])
 
     def style(cell: CheckCell) -> str:
         return "bold" if cell.role == "chosen" else ""
 
-    _show_table(console, config, groups, cells, style)
-    _lines(
+    show_table(console, config, groups, cells, style)
+    put_lines(
         console,
         [
-            ("Regret", f"{_percent(check.regret)} % of {OBJECTIVES[check.objective]} against the best measured, {describe(check.best)}"),
+            ("Regret", f"{format_percent(check.regret)} % of {OBJECTIVES[check.objective]} against the best measured, {describe(check.best)}"),
             ("PASS" if check.passed else "FAIL", clean(check.verdict)),
             ("Minutes", f"{check.minutes:.1f}"),
-            *_saved(path),
+            *saved_lines(path),
         ],
     )
 
 
 def show_sweep(sweep: Sweep, path: str | Path | None) -> None:
     """The grid, fastest first behind plain decoding; the sweep's own warnings go to stderr."""
-    console = _console()
+    console = open_console()
     show_warnings(sweep.warnings)
-    _title(console, f"Sweep of {clean(sweep.model)}: {describe_workload(sweep.workload)}; all measured")
+    put_title(console, f"Sweep of {clean(sweep.model)}: {describe_workload(sweep.workload)}; all measured")
     cells = sorted(sweep.cells, key=lambda cell: (cell.config.draft_len > 0, cell.measured_tpot_s.value))
 
     def role(cell: SweepCell) -> str:
@@ -228,17 +233,20 @@ def show_sweep(sweep: Sweep, path: str | Path | None) -> None:
 
     keys = [Column("", role, right=False), Column("configuration", lambda cell: describe(cell.config), right=False)]
     groups = [
-        [Column("TPOT ms", lambda cell: _range(cell.measured_tpot_s, 1e3)), Column("end-to-end s", lambda cell: _range(cell.measured_e2e_s))],
+        [
+            Column("TPOT ms", lambda cell: format_interval(cell.measured_tpot_s, 1e3)),
+            Column("end-to-end s", lambda cell: format_interval(cell.measured_e2e_s)),
+        ],
         [
             Column("tokens/round", lambda cell: f"{cell.measured_tokens_per_round:.2f}"),
-            Column("speedup\nof TPOT x", lambda cell: _range(cell.speedup, decimals=2)),
+            Column("speedup\nof TPOT x", lambda cell: format_interval(cell.speedup, decimals=2)),
         ],
     ]
-    _show_table(console, keys, groups, cells, lambda cell: "bold" if role(cell) else "")
+    show_table(console, keys, groups, cells, lambda cell: "bold" if role(cell) else "")
     lines = [("Minutes", f"{sweep.minutes:.1f} for {len(cells)} configurations")]
     if sweep.study is not None:
         lines = [*_studied(sweep.study, len(cells)), *lines]
-    _lines(console, [*lines, *_saved(path)])
+    put_lines(console, [*lines, *saved_lines(path)])
 
 
 def _studied(study: Studied, num_measured: int) -> list[tuple[str, str]]:
@@ -255,41 +263,41 @@ def _studied(study: Studied, num_measured: int) -> list[tuple[str, str]]:
 
 def show_replay(replay: ServedReplay, path: str | Path | None) -> None:
     """Per group of lines: tokens per round by drafter and K, then what better choices of K could gain; its warnings go to stderr."""
-    console = _console()
+    console = open_console()
     show_warnings(replay.warnings)
-    _title(
+    put_title(
         console,
         f"Replay of {clean(replay.log)} on {clean(replay.model)} ({replay.dtype}): {len(replay.texts)} of {replay.num_lines} lines, drawn with seed {replay.seed}",
     )
     units = isinstance(replay.costs, UnitCosts)
     for group in replay.groups:
         samplers = describe_sampler(group.samplers[0]) if len(group.samplers) == 1 else f"all {len(group.samplers)} samplers, as the log mixes them"
-        _title(console, f"{samplers[0].upper()}{samplers[1:]}: {group.num_texts} lines, {group.num_tokens} tokens written; tokens per round by K")
-        _show_table(console, *_lengths_table(group, replay.max_draft_len))
-        _title(console, f"Headroom of better choices of K: costs in {'plain steps' if units else 'ms'} per token, then what they change in %")
-        _show_table(console, *_headroom_table(group, units))
-        _lines(console, _headroom(group))
+        put_title(console, f"{samplers[0].upper()}{samplers[1:]}: {group.num_texts} lines, {group.num_tokens} tokens written; tokens per round by K")
+        show_table(console, *_lengths_table(group, replay.max_draft_len))
+        put_title(console, f"Headroom of better choices of K: costs in {'plain steps' if units else 'ms'} per token, then what they change in %")
+        show_table(console, *_headroom_table(group, units))
+        put_lines(console, _headroom(group))
     lines = [("Skipped", f"{count} lines: {clean(reason)}") for reason, count in replay.skipped.items()]
     if units:
         each = f"{replay.costs.draft_cost:g} of one for every token it drafts"
         lines.append(("Costs", f"assumed: a round takes a plain step, and {each} (--draft-cost); --profile gives seconds"))
     else:
         lines.append(("Costs", f"round times of the profile with sha256 {clean(replay.costs.profile_sha256)[:HASH_CHARS]}"))
-    _lines(console, [*lines, ("Minutes", f"{replay.minutes:.1f}"), *_saved(path)])
+    put_lines(console, [*lines, ("Minutes", f"{replay.minutes:.1f}"), *saved_lines(path)])
 
 
 def show_files(files: Sequence[Path], minutes: float) -> None:
     """What a run wrote, and how long it took."""
-    console = _console()
-    _lines(console, [("Files", "  ".join(clean(file) for file in files)), ("Took", f"{minutes:.1f} minutes")])
+    console = open_console()
+    put_lines(console, [("Files", "  ".join(clean(file) for file in files)), ("Took", f"{minutes:.1f} minutes")])
 
 
 def show_generation_stats(*, num_tokens: int, num_rounds: int, decode_s: float, ttft_s: float) -> None:
     """One line on stderr about a finished generation. The first token belongs to prefill, not to a round."""
     later = num_tokens - 1
-    parts = [f"{num_tokens} tokens", f"TTFT {_number(ttft_s)} s"]
+    parts = [f"{num_tokens} tokens", f"TTFT {format_number(ttft_s)} s"]
     if later > 0:
-        parts += [f"{later / max(1, num_rounds):.2f} tokens/round", f"TPOT {_number(1e3 * decode_s / later)} ms"]
+        parts += [f"{later / max(1, num_rounds):.2f} tokens/round", f"TPOT {format_number(1e3 * decode_s / later)} ms"]
     print(", ".join(parts), file=sys.stderr, flush=True)
 
 
@@ -334,7 +342,7 @@ def progress(description: str = "", *, quiet: bool = False) -> Iterator[Progress
 
     Redrawn only by `advance`, never by a thread: a thread would disturb what is being timed.
     """
-    console = _console(stderr=True)
+    console = open_console(stderr=True)
     if quiet or not console.is_terminal or console.is_dumb_terminal:
         yield Progress(description, None, quiet)
         return
@@ -351,77 +359,17 @@ def progress(description: str = "", *, quiet: bool = False) -> Iterator[Progress
 # Tables
 
 
-class Column(NamedTuple):
-    header: str  # with the unit
-    cell: Callable[[object], str]
-    right: bool = True
-
-
-def _show_table(
-    console: Console,
-    keys: Sequence[Column],  # repeated in every part
-    groups: Sequence[Sequence[Column]],  # columns that stay together
-    rows: Sequence[object],
-    style: Callable[[object], str] = lambda row: "",
-) -> None:
-    """A table; where it is too wide for the console, several below each other, as many groups in each as fit."""
-    if not rows:
-        _put(console, Text("(none)"))
-        return
-
-    def texts(column: Column, folded: bool) -> list[str]:
-        shown = [column.cell(row) for row in rows]
-        return [_fold(text) for text in shown] if folded and column in keys else shown
-
-    def width(columns: Sequence[Column], folded: bool, words: bool = False) -> int:
-        """What the columns need; with `words`, where all that is not a figure may break at every space."""
-        widths = [
-            max(
-                len(piece)
-                for text in [column.header, *texts(column, folded)]
-                for piece in (text.split() if words and not column.right else text.split("\n")) or [""]
-            )
-            for column in columns
-        ]
-        return sum(widths) + GAP * (len(columns) - 1)
-
-    parts = [[*keys, *groups[0]]]
-    for group in groups[1:]:
-        if width([*parts[-1], *group], folded=True) <= console.width:
-            parts[-1] += group
-        else:
-            parts.append([*keys, *group])
-    for columns in parts:
-        folded = width(columns, False) > console.width >= width(columns, True)
-        unbroken = width(columns, folded, words=True) <= console.width  # else figures break too, which beats cutting them
-        table = Table(box=RULE, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0), header_style="bold")
-        for column in columns:
-            table.add_column(column.header, justify="right" if column.right else "left", overflow="fold", no_wrap=column.right and unbroken)
-        for row, *shown in zip(rows, *(texts(column, folded) for column in columns), strict=True):
-            table.add_row(*shown, style=style(row))
-        _put(console, table)
-
-
-def _fold(text: str) -> str:
-    """self_sparse window 512 K=4 on two lines, as even as they can be."""
-    words = text.split(" ")
-    if len(words) < 3:
-        return text
-    halves = ((" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words)))
-    return "\n".join(min(halves, key=lambda pair: max(map(len, pair))))
-
-
 def _show_estimates(console: Console, estimates: list[Estimate], roles: Sequence[str] = ()) -> None:
     rows = list(zip(estimates, roles or [""] * len(estimates), strict=True))
     keys = [Column("", lambda row: row[1], right=False)] if any(roles) else []
     keys.append(Column("configuration", lambda row: describe(row[0].config), right=False))
     groups = [
-        [Column("TPOT ms", lambda row: _range(row[0].tpot_s, 1e3)), Column("end-to-end s", lambda row: _range(row[0].e2e_s))],
+        [Column("TPOT ms", lambda row: format_interval(row[0].tpot_s, 1e3)), Column("end-to-end s", lambda row: format_interval(row[0].e2e_s))],
         [
-            Column("tokens/round", lambda row: _range(row[0].tokens_per_round, decimals=2)),
-            Column("speedup x", lambda row: _range(row[0].speedup, decimals=2)),
+            Column("tokens/round", lambda row: format_interval(row[0].tokens_per_round, decimals=2)),
+            Column("speedup x", lambda row: format_interval(row[0].speedup, decimals=2)),
         ],
-        [Column("TTFT s", lambda row: _range(row[0].ttft_s)), Column("memory", lambda row: _memory(row[0].memory_bytes))],
+        [Column("TTFT s", lambda row: format_interval(row[0].ttft_s)), Column("memory", lambda row: format_memory(row[0].memory_bytes))],
     ]
     costs = [
         Column("price / 1M tokens", lambda row: _optional(row[0].price_per_million_tokens)),
@@ -429,7 +377,7 @@ def _show_estimates(console: Console, estimates: list[Estimate], roles: Sequence
     ]
     known = [column for column in costs if any(column.cell(row) for row in rows)]
     groups += [known] if known else []
-    _show_table(console, keys, groups, rows, lambda row: "bold" if row[1] == "choice" else "")
+    show_table(console, keys, groups, rows, lambda row: "bold" if row[1] == "choice" else "")
 
 
 def _texts_table(profile: Profile) -> tuple[list[Column], list[list[Column]], list]:
@@ -472,7 +420,7 @@ def _acceptance_table(profile: Profile) -> tuple[list[Column], list[list[Column]
 
 def _latency_table(profile: Profile) -> tuple[list[Column], list[list[Column]], list[RoundSample]]:
     def median(values: Sequence[float]) -> str:
-        return _number(1e3 * float(np.median(values)))
+        return format_number(1e3 * float(np.median(values)))
 
     columns = [
         Column("start\nms", lambda row: median(row.start_s)),
@@ -493,7 +441,7 @@ def _lengths_table(group: ServedGroup, max_draft_len: int) -> tuple[list[Column]
     shown = sorted({2**i for i in range(max_draft_len.bit_length())} | {max_draft_len})
 
     def tokens(row: ServedDrafter | None, k: int) -> str:
-        return "1.00" if row is None else _range(row.lengths[k - 1].tokens_per_round, decimals=2)
+        return "1.00" if row is None else format_interval(row.lengths[k - 1].tokens_per_round, decimals=2)
 
     def accepted(row: ServedDrafter | None, k: int) -> str:
         rate = None if row is None else row.lengths[k - 1].acceptance_rate
@@ -512,15 +460,15 @@ def _headroom_table(group: ServedGroup, units: bool) -> tuple[list[Column], list
         return "" if row is None else show(row.headroom)
 
     def fixed(row: ServedDrafter | None) -> str:
-        return _number(scale * group.plain_cost) if row is None else _range(row.headroom.fixed, scale, decimals)
+        return format_number(scale * group.plain_cost) if row is None else format_interval(row.headroom.fixed, scale, decimals)
 
     groups = [
         [Column("best\nfixed K", lambda row: of(row, lambda h: str(h.draft_len))), Column("its\ncost", fixed)],
         [
-            Column("best adaptive\nrule, %", lambda row: of(row, lambda h: _percent(h.adaptive_over_fixed))),
+            Column("best adaptive\nrule, %", lambda row: of(row, lambda h: format_percent(h.adaptive_over_fixed))),
             Column("which", lambda row: of(row, lambda h: clean(h.rule)), right=False),
         ],
-        [Column("oracle,\n%", lambda row: of(row, lambda h: _percent(h.oracle_over_fixed)))],
+        [Column("oracle,\n%", lambda row: of(row, lambda h: format_percent(h.oracle_over_fixed)))],
     ]
     return [_served_name()], groups, [None, *group.drafters]
 
@@ -540,14 +488,16 @@ def _context_columns() -> list[Column]:
 def _choice(plan: Plan) -> str:
     if plan.chosen.draft_len > 0:
         return (
-            f"{describe(plan.chosen)}: {_range(plan.speedup, decimals=2)} times as {'cheap' if plan.objective == 'price' else 'fast'} "
+            f"{describe(plan.chosen)}: {format_interval(plan.speedup, decimals=2)} times as {'cheap' if plan.objective == 'price' else 'fast'} "
             f"as plain decoding by {OBJECTIVES[plan.objective]}, "
             f"the best of {plan.num_candidates} configurations"
         )
     if plan.best_speculative is None:
         return f"Do not speculate: of {plan.num_candidates} configurations none that speculates may be used"
     best = next((e for e in plan.runners_up if e.config == plan.best_speculative), None)
-    reach = f", reaches {_range(best.speedup, decimals=2)} times the speed of plain decoding" if best else " is no faster than plain decoding"
+    reach = (
+        f", reaches {format_interval(best.speedup, decimals=2)} times the speed of plain decoding" if best else " is no faster than plain decoding"
+    )
     return f"Do not speculate: the best of {plan.num_candidates} configurations that does, {describe(plan.best_speculative)}{reach}"
 
 
@@ -592,16 +542,12 @@ def _energy(profile: Profile) -> str:
     if not profile.energy:
         return ""
     watts = [sample.watts for sample in profile.energy]
-    return f"{_number(min(watts))} to {_number(max(watts))} W in {len(watts)} cells, by {clean(profile.energy_source)}"
+    return f"{format_number(min(watts))} to {format_number(max(watts))} W in {len(watts)} cells, by {clean(profile.energy_source)}"
 
 
 def _minutes(minutes: dict[str, float]) -> str:
     stages = ", ".join(f"{clean(stage)} {spent:.1f}" for stage, spent in minutes.items())
     return f"{stages}; {sum(minutes.values()):.1f} in all"
-
-
-def _saved(path: str | Path | None) -> list[tuple[str, str]]:
-    return [] if path is None else [("File", clean(path))]
 
 
 def _drafter_name(drafter: DrafterSpec, kv: KVPolicy) -> str:
@@ -618,42 +564,8 @@ def _round_name(sample: RoundSample) -> str:
 # Figures
 
 
-def _decimals(value: float) -> int:
-    """Three significant digits or so."""
-    return next((decimals for bound, decimals in ((1, 3), (10, 2), (1000, 1)) if abs(value) < bound), 0)
-
-
-def _number(value: float) -> str:
-    return f"{value:.{_decimals(value)}f}"
-
-
-def _range(interval: Interval, scale: float = 1.0, decimals: int | None = None) -> str:
-    """An estimate and its interval; what is exact by definition stands alone."""
-    value, low, high = (scale * bound for bound in (interval.value, interval.low, interval.high))
-    decimals = _decimals(value) if decimals is None else decimals
-    shown = f"{value:.{decimals}f}"
-    return shown if low == value == high else f"{shown} [{low:.{decimals}f}, {high:.{decimals}f}]"
-
-
 def _optional(interval: Interval | None) -> str:
-    return "" if interval is None else _range(interval)
-
-
-def _percent(interval: Interval) -> str:
-    """A relative difference in percent, without the sign of percent."""
-    value, low, high = (f"{100 * bound:+.1f}" for bound in (interval.value, interval.low, interval.high))
-    return f"{value} [{low}, {high}]"
-
-
-def _memory(interval: Interval) -> str:
-    """A size and its interval, the unit once where it is the same."""
-    value, low, high = (format_bytes(bound) for bound in (interval.value, interval.low, interval.high))
-    if low == value == high:
-        return value
-    number, unit = value.split()
-    if low.endswith(unit) and high.endswith(unit):
-        return f"{number} [{low.split()[0]}, {high.split()[0]}] {unit}"
-    return f"{value} [{low}, {high}]"
+    return "" if interval is None else format_interval(interval)
 
 
 def _mean(shares: Sequence[float]) -> str:
@@ -667,39 +579,3 @@ def _mean(shares: Sequence[float]) -> str:
 
     half = float(stdtrit(len(shares) - 1, (1 + CONFIDENCE) / 2) * np.std(shares, ddof=1) / np.sqrt(len(shares)))
     return f"{mean:.2f} [{max(0.0, mean - half):.2f}, {min(1.0, mean + half):.2f}]"
-
-
-# Output
-
-
-def _console(stderr: bool = False) -> Console:
-    """A console on the present stdout or stderr that takes every string literally."""
-    stream = sys.stderr if stderr else sys.stdout
-    if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors="replace")  # a name that the terminal's encoding lacks must not end the report
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
-
-
-def _title(console: Console, text: str) -> None:
-    _put(console, Text(text, style="bold", overflow="fold"))
-
-
-def _lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
-    """Labelled sentences, wrapped behind their labels; a label is shown once in a row of equal ones."""
-    if not lines:
-        return
-    grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-    grid.add_column(no_wrap=True, style="bold")
-    grid.add_column(overflow="fold")
-    previous = None
-    for label, text in lines:
-        grid.add_row("" if label == previous else label, text)
-        previous = label
-    _put(console, grid)
-
-
-def _put(console: Console, what: Table | Text) -> None:
-    """A block and a blank line, without the spaces that rich fills lines up with."""
-    with console.capture() as capture:
-        console.print(what)
-    console.file.write("\n".join(line.rstrip() for line in capture.get().split("\n")) + "\n")

@@ -19,7 +19,7 @@ def objective_by_text(trials: list[Trial], objective: Objective) -> dict[DraftCo
     Price counts the tokens that a text really has, and end-to-end time does not: where stop tokens end texts at
     different lengths, the two part.
     """
-    seconds = {"e2e": Trial.e2e_s, "tpot": Trial.tpot_s, "price": Trial.device_s_per_token}[objective].fget
+    seconds = {"e2e": Trial.e2e_s, "tpot": Trial.tpot_s, "price": Trial.device_s_per_token, "throughput": Trial.device_s_per_token}[objective].fget
     table: dict[DraftConfig, dict[str, float]] = {}
     for trial in trials:
         if trial.output_len < 2:

@@ -160,7 +160,7 @@ def weights(objective: Objective, workload: Workload) -> tuple[float, float]:
 
     Price is the device's time per output token. A prompt is prefilled by itself, so each request is charged the whole of
     its TTFT; a round serves the batch, so a request is charged its share. With one stream that is end-to-end time over
-    output_len, and both objectives order configurations alike.
+    output_len, and both objectives order configurations alike. Throughput, of requests that follow each other, is its inverse.
     """
     later = workload.output_len - 1
     match objective:
@@ -168,7 +168,7 @@ def weights(objective: Objective, workload: Workload) -> tuple[float, float]:
             return 0.0, 1.0
         case "e2e":
             return 1.0, float(later)
-        case "price":
+        case "price" | "throughput":
             return 1 / workload.output_len, later / workload.batch / workload.output_len
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 from planner.measurements import AcceptanceSample, Environment, Failure, MemorySample, Packed, PrefillSample, Profile, RoundSample, Text
 from planner.plans import Check, CheckCell, Estimate, Interval, Plan, Rejected, Sweep, SweepCell, Tie, Trial
 from planner.replays import Headroom, Length, ProfiledCosts, ServedDrafter, ServedGroup, ServedReplay, UnitCosts
-from planner.report import terminal
+from planner.report import layout, terminal
 from planner.specs import PLAIN, DeviceSpec, DraftConfig, DrafterSpec, FullKV, ModelSpec, Sampler, SparseKV, Workload, describe
 from planner.units import GIB, format_bytes
 
@@ -372,12 +372,12 @@ def test_a_loaded_drafter_that_drafts_nothing_is_not_off(capsys):
     [(0.0, "0.000"), (0.2468, "0.247"), (6.325, "6.33"), (43.12, "43.1"), (999.94, "999.9"), (12345.6, "12346"), (1e15, "1000000000000000")],
 )
 def test_figures_have_about_three_digits(value, shown):
-    assert terminal._range(around(value), decimals=None).split()[0] == shown
+    assert layout.format_interval(around(value), decimals=None).split()[0] == shown
 
 
 def test_an_interval_across_two_units_names_both():
-    assert terminal._memory(Interval(value=0.12 * GIB, low=0.05 * GIB, high=0.2 * GIB)) == "0.12 GiB [51.2 MiB, 0.20 GiB]"
-    assert terminal._memory(exact(5 * GIB)) == "5.00 GiB"
+    assert layout.format_memory(Interval(value=0.12 * GIB, low=0.05 * GIB, high=0.2 * GIB)) == "0.12 GiB [51.2 MiB, 0.20 GiB]"
+    assert layout.format_memory(exact(5 * GIB)) == "5.00 GiB"
 
 
 def test_a_replay_shows_each_group_and_its_headroom(capsys, width):

@@ -1,0 +1,39 @@
+"""Loads of a serving engine, from a model of its measured cells."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner.cost.serving import Cells, ServingModel
+from planner.errors import BadInput
+from planner.schedules import Setting
+from planner.search.loads import Forecast
+from planner.serving import OFF
+
+
+class EngineLoads:
+    """Over a model of an engine's measured cells: off, each drafter idle, and each at 1 to its longest measured draft_len."""
+
+    def __init__(self, model: ServingModel, output_len: int, asked: Sequence[Setting] = ()):
+        """asked  settings beside the candidates, such as a draft_len beyond those measured"""
+        self._model, self.output_len = model, output_len
+        loaded = [name for name in model.drafters if name != OFF]
+        self.settings = [Setting(), *(Setting(drafter=name, draft_len=k) for name in loaded for k in range(model.max_draft_len[name] + 1))]
+        if unknown := [setting.drafter for setting in asked if setting.drafter not in model.drafters]:
+            raise BadInput(f"the profile knows drafters {', '.join(model.drafters)}, got {unknown[0]!r}; measure it, or choose one of them")
+        self.settings += [setting for setting in dict.fromkeys(asked) if setting not in self.settings]
+        place = {name: i for i, name in enumerate(model.drafters)}
+        self._drafter = np.array([place[setting.drafter] for setting in self.settings])
+        self._draft_len = np.array([setting.draft_len for setting in self.settings])
+        unknown = [name for name in loaded if name not in model.idle_measured]
+        self.notes = [f"what {', '.join(unknown)} costs idle was not measured, and is taken from the cells that draft"] if unknown else []
+
+    def predict(self, setting: np.ndarray, concurrency: np.ndarray, context_len: np.ndarray) -> Forecast:
+        served = self._model.predict(self._cells(setting, concurrency, context_len))
+        return Forecast(*(np.asarray(getattr(served, name)) for name in Forecast._fields))
+
+    def ratio_sd(self, a: np.ndarray, b: np.ndarray, concurrency: np.ndarray, context_len: np.ndarray, of: str) -> np.ndarray:
+        return self._model.ratio_sd(self._cells(a, concurrency, context_len), self._cells(b, concurrency, context_len), of)
+
+    def _cells(self, setting: np.ndarray, concurrency: np.ndarray, context_len: np.ndarray) -> Cells:
+        return Cells(self._drafter[setting], self._draft_len[setting], concurrency, context_len, np.full(len(setting), self.output_len))
