@@ -43,7 +43,7 @@ def import_bench(
         raise BadInput(f"an import takes 1 to {MAX_FILES} files, and one together with --since, got {len(files)}")
     given = Given(drafter or None, draft_len, concurrency, context_len, output_len, tensor_parallel)
     make_cell("the flags", "", tpot_s=1.0, **{"concurrency": 1, "context_len": 1, "output_len": 1} | _said(given))
-    target, notes = sized(model)
+    target, notes, _ = sized(model)
     device = system_spec(system)
     before = None if since is None else (read_bytes(since, "metrics"), str(since))
     found = [read_any(read_bytes(path, "benchmark"), str(path), given, before) for path in files]
@@ -67,7 +67,7 @@ def import_bench(
             f"--draft-model NAME=SPEC must name a drafter of the files ({', '.join(names[:20]) or 'they have none'}), got {unknown[0][:80]!r}"
         )
     for name, text in (draft_models or {}).items():
-        sizes[name], own = sized(text)
+        sizes[name], own, _ = sized(text)
         notes = [*notes, *(f"{name}: {note}" for note in own)]
     warnings = list(dict.fromkeys([*notes, *(warning for one in found for warning in one.warnings), *doubts(cells)]))
     if len(warnings) > MAX_WARNINGS:

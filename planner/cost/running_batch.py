@@ -16,10 +16,11 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from planner.cost.capacity import request_capacity
-from planner.serving import ServingProfile
+from planner.serving import OFF, ServingProfile
 
 SHARPNESS = 12  # of the smooth minimum: at the corner the batch is 6 % below both
 COMMON_SD, OWN_SD = 0.15, 0.06  # of the logarithm of capacity: the engine's reserve, which all drafters share, and each drafter's own
+UNSIZED_SD = 1.0  # the same, of a drafter whose size nobody gave
 NOISE = 0.02  # of a measured running batch
 LEAST_CAPACITY = 0.8  # requests; the byte count may be that wrong about the one that does run
 
@@ -61,19 +62,41 @@ class RunningBatch:
     def _fit(self, cells, tpot_s: np.ndarray, throughput: np.ndarray) -> None:
         measured = np.log(np.clip(throughput * tpot_s, 1e-3, cells.concurrency))
         decoding_s = float(np.median(cells.output_len * tpot_s))
-        spread = np.array([COMMON_SD, *([OWN_SD] * len(self._drafters))])
+        known = [name == OFF or name in self._profile.drafters for name in self._drafters]
+        spread = np.array([COMMON_SD, *(OWN_SD if sized else UNSIZED_SD for sized in known)])
 
         def residuals(theta: np.ndarray) -> np.ndarray:
             running, _ = self._running(cells, tpot_s, theta[:2] * decoding_s, self._capacity(cells, theta[2:]))
-            return np.concatenate([(np.log(running) - measured) / NOISE, theta[2:] / spread, theta[:2] * [1, 100]])
+            doubt = np.square(theta[2:] / spread)
+            return np.concatenate([(np.log(running) - measured) / NOISE, np.sqrt(2 * np.sqrt(1 + doubt) - 2), theta[:2] * [1, 100]])
 
-        start = np.concatenate([[0.02, 0.0002], np.zeros(len(spread))])
-        bounds = ([0.0, 0.0, *([-1.5] * len(spread))], [100.0, 10.0, *([1.5] * len(spread))])
-        found = least_squares(residuals, start, bounds=bounds, loss="soft_l1", max_nfev=200)
+        lagging = self._lagging(cells, measured)  # far from the truth the batch does not depend on the capacity: start near it
+        found = min(
+            (least_squares(residuals, [0.02, 0.0002, 0.0, *own], bounds=([0, 0] + [-9] * len(spread), [100, 10] + [9] * len(spread)), max_nfev=200)
+             for own in (np.zeros(len(lagging)), lagging)),
+            key=lambda fit: fit.cost,
+        )  # fmt: skip
         self._outside_s, self._correction = found.x[:2] * decoding_s, found.x[2:]
-        covariance = np.linalg.pinv(found.jac.T @ found.jac + 1e-9 * np.eye(len(start)))[2:, 2:]
+        jacobian = np.vstack(
+            [
+                found.jac[: len(measured)],
+                np.hstack([np.zeros((len(spread), 2)), np.diag(1 / spread)]),
+                np.diag([1.0, 100.0] + [0.0] * len(spread))[:2],
+            ]
+        )
+        covariance = np.linalg.pinv(jacobian.T @ jacobian)[2:, 2:]
         own = np.arange(1, len(spread))
         self._sd = np.sqrt(np.maximum(covariance[0, 0] + covariance[own, own] + 2 * covariance[0, own], 0.0))
+
+    def _lagging(self, cells, measured: np.ndarray) -> np.ndarray:
+        """[drafters] logarithm of the largest measured batch over the counted capacity, where no larger one ran at a higher load; else 0."""
+        counted, start = np.log(np.maximum(self._counted_capacity(cells), LEAST_CAPACITY)), np.zeros(len(self._drafters))
+        for drafter in np.unique(cells.drafter):
+            own = np.flatnonzero(cells.drafter == drafter)
+            top = own[np.argmax(measured[own])]
+            if measured[top] < np.log(0.9 * cells.concurrency[own].max()):
+                start[drafter] = measured[top] - counted[top]
+        return start
 
     def _fit_first(self, cells, tpot_s: np.ndarray, ttft_s: np.ndarray) -> None:
         """Seconds to the first token where memory does not let a request wait: a floor, and a part that grows with the load."""

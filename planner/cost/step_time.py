@@ -22,14 +22,14 @@ IDLE_CELL_SD = 0.03  # of a cell that was measured: the tax is not quite the sam
 OUTLIER = 4.0  # standard deviations, beyond which a cell counts no more
 STEP_SD = 0.017  # steps between the measured cells that no cell of a dozen shows
 FOLDS = 30
-PRIOR_CELLS = 5  # that the intervals' own calibration is mixed with
+PRIOR_CELLS, PRIOR_WIDTH = 8, 1.2  # so many cells that missed by so many standard deviations are added to those that calibrate
 
 # Hyperparameters, as medians and standard deviations of their logarithms.
 HYPER = {
     "term": (0.10, 0.7),  # how far a term may be off, as a share of the round where it weighs most
     "shared": (0.03, 0.6),  # smooth correction of all drafters
     "own": (0.03, 0.6),  # of each
-    "noise": (0.012, 0.5),
+    "noise": (0.015, 0.4),
     "length": (2.0, 0.4),  # doublings over which a correction stays the same
     "draft_length": (1.2, 0.4),  # the same, of draft_len + 1
 }
@@ -180,7 +180,7 @@ class StepTime:
             variance = np.diag(covariance)[fold] - np.einsum("ij,ji->i", cross, cho_solve(factor, cross.T))
             standardised.append(error / np.sqrt(variance))
         squares = np.square(np.concatenate(standardised))
-        return float(np.sqrt((np.minimum(squares, OUTLIER**2).sum() + PRIOR_CELLS) / (count + PRIOR_CELLS)))
+        return float(np.sqrt((np.minimum(squares, OUTLIER**2).sum() + PRIOR_CELLS * PRIOR_WIDTH**2) / (count + PRIOR_CELLS)))
 
     def _idle_tax(self, cells) -> np.ndarray:
         return np.where(cells.draft_len == 0, np.exp(self._log_tax[cells.drafter]), 1.0)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.cost.serving import Cells, ServingModel
+from planner.cost.step_time import IDLE_TAX
 from planner.errors import BadInput
 from planner.schedules import Setting
 from planner.search.loads import Forecast
@@ -25,12 +26,22 @@ class EngineLoads:
         place = {name: i for i, name in enumerate(model.drafters)}
         self._drafter = np.array([place[setting.drafter] for setting in self.settings])
         self._draft_len = np.array([setting.draft_len for setting in self.settings])
-        unknown = [name for name in loaded if name not in model.idle_measured]
-        self.notes = [f"what {', '.join(unknown)} costs idle was not measured, and is taken from the cells that draft"] if unknown else []
+        self.notes = []
+        if not model.off_measured:
+            self.notes.append("off was not measured: it is taken from the cells that draft, and so is every speedup; measure it without a drafter")
+        if unknown := [name for name in loaded if name not in model.idle_measured]:
+            self.notes.append(
+                f"what {', '.join(unknown)} costs idle was not measured: {IDLE_TAX:.0%} of a round are assumed; measure it with draft_len 0"
+            )
+        if unknown := [name for name in loaded if name not in model.acceptance_measured]:
+            self.notes.append(
+                f"no acceptance of {', '.join(unknown)} was measured: how its times per token split into rounds and tokens is assumed, the times are not"
+            )
 
     def predict(self, setting: np.ndarray, concurrency: np.ndarray, context_len: np.ndarray) -> Forecast:
         served = self._model.predict(self._cells(setting, concurrency, context_len))
-        return Forecast(*(np.asarray(getattr(served, name)) for name in Forecast._fields))
+        found = Forecast(*(getattr(served, name) for name in Forecast._fields))
+        return found._replace(**{name: np.where(served.fits, getattr(found, name), np.nan) for name in ("tpot_s", "output_tokens_per_s", "ttft_s")})
 
     def ratio_sd(self, a: np.ndarray, b: np.ndarray, concurrency: np.ndarray, context_len: np.ndarray, of: str) -> np.ndarray:
         return self._model.ratio_sd(self._cells(a, concurrency, context_len), self._cells(b, concurrency, context_len), of)
