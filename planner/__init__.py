@@ -1,6 +1,7 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
-The verbs are functions: profile, plan, schedule (a plan by load), estimate, estimate_served, check, sweep, replay, generate, and load_profile, load_plan for their files.
+The verbs are functions: profile, plan, schedule (a plan by load), estimate, estimate_served, capacity, check, sweep, replay, generate,
+import_bench, and load_profile, load_plan for their files.
 """
 
 from importlib import import_module
@@ -14,10 +15,12 @@ _WHERE = {
     "schedule": "planner.commands.schedule",
     "estimate_served": "planner.commands.schedule",
     "Asked": "planner.commands.flags",
+    "capacity": "planner.commands.capacity",
     "check": "planner.commands.check",
-    "sweep": "planner.commands.check",
+    "sweep": "planner.commands.sweep",
     "replay": "planner.commands.replay",
     "generate": "planner.commands.generate",
+    "import_bench": "planner.commands.import_bench",
     "load_profile": "planner.measurements",
     "save_profile": "planner.measurements",
     "load_any_profile": "planner.serving",

@@ -13,5 +13,9 @@ class Unfinished(PlannerError):
     """The machine did not let something be finished: the disk is full, or memory ran out."""
 
 
+class OutOfMemory(Unfinished):
+    """The memory does not suffice."""
+
+
 class MissingExtra(PlannerError, ImportError):
     """A command that needs an optional part of the installation, `specplan[runtime]` for one."""

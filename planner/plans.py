@@ -187,8 +187,17 @@ class SweepCell(Spec, kw_only=True):
     trials: list[Trial]
 
 
+class Studied(Spec, kw_only=True):
+    """How a part of a grid was chosen, and what became of the rest."""
+
+    num_candidates: Count
+    chosen_by: Name
+    failed: list[Rejected]  # begun, and not measured
+    left_out: list[DraftConfig]
+
+
 class Sweep(Spec, kw_only=True):
-    """The grid that a plan replaces."""
+    """The grid that a plan replaces, or the part of it that a study chose."""
 
     schema_version: Literal[1] = PLAN_SCHEMA_VERSION
     planner_version: Name
@@ -196,9 +205,10 @@ class Sweep(Spec, kw_only=True):
     environment: Environment
     workload: Workload
     cells: list[SweepCell]
-    best: DraftConfig
+    best: DraftConfig  # of those measured
     minutes: Real
     warnings: list[Sentence] = []
+    study: Studied | None = None  # None: all of the grid was run
 
 
 def tokens_per_round(trials: list[Trial]) -> float:

@@ -52,7 +52,7 @@ class SystemSpec(Spec, kw_only=True):
     memory_bytes: Size  # of one device
     fraction: Annotated[float, Meta(gt=0, le=1)]  # of the total memory: the engine's weights, caches and everything else
     bandwidth_bytes_per_s: Positive | None = None
-    flops_per_s: Positive | None = None  # dense, 16 bit
+    flops_per_s: Annotated[float, Meta(gt=0, le=1e18)] | None = None  # dense, 16 bit
 
 
 class ServedCell(Spec, kw_only=True):
@@ -108,13 +108,14 @@ def load_any_profile(path: str | Path) -> Profile | ServingProfile:
         serving = msgspec.json.decode(content, type=Head).kind == "serving"
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         serving = False  # refused below, with what is wrong
-    return _decode_serving(content, path) if serving else decode_checked(content, Profile, SCHEMA_VERSION, f"profile {path}")
+    return decode_serving_profile(content, path) if serving else decode_checked(content, Profile, SCHEMA_VERSION, f"profile {path}")
 
 
 def load_serving_profile(path: str | Path) -> ServingProfile:
     """Read and check a profile of a serving engine."""
-    return _decode_serving(read_bytes(path, "profile"), path)
+    return decode_serving_profile(read_bytes(path, "profile"), path)
 
 
-def _decode_serving(content: bytes, path: str | Path) -> ServingProfile:
+def decode_serving_profile(content: bytes, path: str | Path) -> ServingProfile:
+    """A profile from its JSON; BadInput names the field that is wrong."""
     return decode_checked(content, ServingProfile, SERVING_SCHEMA_VERSION, f"profile {path}", "serving")

@@ -14,7 +14,8 @@ import time
 import torch
 
 import planner.commands.check
-import planner.commands.profile  # noqa: F401 - so that no run has to
+import planner.commands.profile
+import planner.commands.sweep  # noqa: F401 - so that no run has to
 from planner.cli import main
 from planner.files import Journal
 from planner.profiler import acceptance, device, latency, texts, trial  # noqa: F401

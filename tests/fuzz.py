@@ -3,7 +3,7 @@ no flood of memory.
 
     python tests/fuzz.py [--mutations 1000] [--seed 0] [KIND ...]     prints, by kind, what was read, refused, and why not
 
-Two kinds of damage: to bytes (flips, cuts, insertions, repeated stretches, extreme integers), and to JSON values (wrong types,
+Kinds of damage: to bytes (flips, cuts, insertions, repeated stretches, extreme integers), to fields of tables, and to JSON values (wrong types,
 extreme numbers, long strings, deep nests, missing, repeated and unknown keys). In a process of its own, with limited memory.
 """
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from benches import MODEL, SYSTEM, metrics, sglang, table, vllm
 from gguf import GGUFWriter
 from made import made_profile
 from safetensors.torch import save_file
@@ -32,6 +33,8 @@ from tiny import tiny_checkpoint, tiny_spec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import planner
+from planner.commands.import_bench import summarise
+from planner.commands.sizes import model_size
 from planner.errors import PlannerError
 from planner.measurements import load_profile, save_profile
 from planner.plans import load_plan, save_plan
@@ -40,6 +43,7 @@ from planner.runtime.gguf_file import read_gguf
 from planner.runtime.model import build_model, prefill
 from planner.runtime.tokenizer import load_tokenizer
 from planner.runtime.weights import default_model_path, load_checkpoint, read_spec
+from planner.serving import ServingProfile, load_any_profile, save_serving_profile
 
 SECONDS, MEMORY = 5.0, 2**30  # that one file may take
 CPU = torch.device("cpu")
@@ -50,7 +54,7 @@ class Kind(NamedTuple):
 
     good: Callable[[Path], Path]  # writes it into a folder; its path
     read: Callable[[Path], object]
-    damage: str  # bytes, json, lines or safetensors
+    damage: str  # bytes, json, lines, table or safetensors
 
 
 class Failed(NamedTuple):
@@ -147,6 +151,19 @@ def write_dataset(folder: Path) -> Path:
     return folder / "chats.jsonl"
 
 
+def write_bench(content: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / "bench").write_text(content)
+        return folder / "bench"
+
+    return write
+
+
+def write_serving_profile(folder: Path) -> Path:
+    save_serving_profile(read_bench(write_bench(table())(folder)), folder / "serving.json")
+    return folder / "serving.json"
+
+
 # ------------------------------------------------------------------ reading them, as the commands do
 
 
@@ -171,6 +188,12 @@ def read_dataset(path: Path) -> object:
     return draw_prompts(load_tokenizer(path.parent), expand([str(path)]), length=8, count=2, seed=0)
 
 
+def read_bench(path: Path) -> ServingProfile:
+    profile = planner.import_bench([path], model=MODEL, system=SYSTEM, drafter="eagle3", concurrency=None if path.read_bytes()[:1] != b"#" else 8)
+    summarise(profile, path)
+    return profile
+
+
 def read_header(path: Path) -> object:
     os.truncate(path, default_model_path().stat().st_size)  # the weights become zeros that take no room
     return read_spec(path), load_tokenizer(path)
@@ -186,9 +209,15 @@ KINDS = {
     "gguf": Kind(write_gguf, lambda path: (run_model(path), run_tokenizer(path)), "bytes"),
     "safetensors": Kind(in_folder("model.safetensors"), run_model, "safetensors"),
     "config.json": Kind(in_folder("config.json"), run_model, "json"),
+    "model size": Kind(in_folder("config.json"), lambda path: model_size(str(path.parent)), "json"),
     "tokenizer.json": Kind(in_folder("tokenizer.json"), run_tokenizer, "json"),
     "tokenizer_config.json": Kind(in_folder("tokenizer_config.json"), run_tokenizer, "json"),
     "dataset": Kind(write_dataset, read_dataset, "lines"),
+    "bench table": Kind(write_bench(table()), read_bench, "table"),
+    "vllm bench": Kind(write_bench("".join(json.dumps(vllm(max_concurrency=n)) + "\n" for n in (1, 8))), read_bench, "lines"),
+    "sglang bench": Kind(write_bench("".join(json.dumps(sglang(max_concurrency=n)) + "\n" for n in (1, 8))), read_bench, "lines"),
+    "metrics": Kind(write_bench(metrics()), read_bench, "bytes"),
+    "serving profile": Kind(write_serving_profile, load_any_profile, "json"),
     "real profile": Kind(copy_real_profile, read_profile, "json"),
     "real gguf": Kind(copy_real_header, read_header, "bytes"),
 }
@@ -293,7 +322,20 @@ def damaged_safetensors(data: bytes, rng: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
-DAMAGE = {"bytes": damaged_bytes, "json": damaged_json, "lines": damaged_lines, "safetensors": damaged_safetensors}
+def damaged_table(data: bytes, rng: random.Random) -> bytes:
+    """Fields of a CSV table with other values, or bytes."""
+    if rng.random() < 0.3:
+        return damaged_bytes(data, rng)
+    rows = [line.split(",") for line in data.decode().splitlines()]
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        row = rng.choice(rows[rng.choice([0, 1, 1, 1]) :])
+        row[rng.randrange(len(row))] = rng.choice(
+            ["", "0", "1", "-1", "0.5", "1e400", "1e-400", "nan", "7", "eagle3", "none", '"', "9" * 500, " 3 ", "1_0", "٣"]
+        )
+    return "\r\n".join(map(",".join, rows)).encode()
+
+
+DAMAGE = {"table": damaged_table, "bytes": damaged_bytes, "json": damaged_json, "lines": damaged_lines, "safetensors": damaged_safetensors}
 
 
 # ------------------------------------------------------------------ the run

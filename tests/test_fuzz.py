@@ -10,6 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 SMALL = ("profile", "plan", "gguf", "safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "dataset")
+BENCHES = ("bench table", "vllm bench", "sglang bench", "metrics", "serving profile")  # quick to read
 REAL = ("real profile", "real gguf")  # large files: a third of a second each
 
 
@@ -37,6 +38,16 @@ def small():
 @pytest.mark.parametrize("kind", SMALL)
 def test_damaged_files_are_read_or_refused_in_one_line(kind, small):
     check(small, kind, 1000)
+
+
+@pytest.fixture(scope="module")
+def benches():
+    return run_fuzz(BENCHES, 1000)
+
+
+@pytest.mark.parametrize("kind", BENCHES)
+def test_damaged_benchmark_files_are_read_or_refused_in_one_line(kind, benches):
+    check(benches, kind, 1000)
 
 
 @pytest.mark.model

@@ -78,6 +78,9 @@ HELP = {  # of the fields of Asked and AskedGrid, each a flag
 }
 
 
+SPELLED = {"storage": ("--kv-storage", "--storage")}  # flags of a field where they are not its name; one that a command has itself is its own
+
+
 def takes(flags: type, **defaults) -> Callable:
     """A command whose parameter `asked` is such a value gets a flag for each of its fields instead."""
 
@@ -89,8 +92,10 @@ def takes(flags: type, **defaults) -> Callable:
         own = inspect.signature(command, eval_str=True).parameters
         usual = flags._field_defaults | defaults
         parameters = [own[name] for name in own if name != "asked"]
+        taken = {flag for parameter in parameters for flag in _spelled(parameter.annotation)}
         for name, kind in flags.__annotations__.items():
-            annotation = Annotated[kind, typer.Option(help=HELP[name])]
+            spelled = [flag for flag in SPELLED.get(name, ()) if flag not in taken]
+            annotation = Annotated[kind, typer.Option(*spelled, help=HELP[name])]
             parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=usual[name], annotation=annotation))
         run.__signature__ = inspect.Signature([parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters])
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -98,6 +103,12 @@ def takes(flags: type, **defaults) -> Callable:
         return run
 
     return with_flags
+
+
+def _spelled(annotation) -> list[str]:
+    """The flags that a parameter names itself; typer takes the first of them for a default at first."""
+    options = getattr(annotation, "__metadata__", ())
+    return [flag for option in options for flag in (option.default, *(option.param_decls or ())) if isinstance(flag, str)]
 
 
 def paths(values: list[str]) -> list[str]:

@@ -48,8 +48,7 @@ def replay(
     quiet: Quiet = False,
 ) -> None:
     """Acceptance of any drafter, budget and K on text that was already served, and what better choices of K could gain."""
-    from planner.commands.check import grid
-    from planner.commands.configs import drafter_specs, policies, valid
+    from planner.commands.configs import drafter_specs, grid, policies, valid
     from planner.commands.session import usual_weights
     from planner.files import check_writable
     from planner.replays import save_replay

@@ -47,3 +47,15 @@ def journaled(out: Path) -> Iterator[None]:
             error.add_note(f"what was finished is in {journal}, --resume goes on from there")
         raise
     remove_journal(out)
+
+
+@contextmanager
+def in_study(storage: str) -> Iterator[None]:
+    """Around a run whose finished pieces stand in a study: where it is cut short, the error says so."""
+    try:
+        yield
+    except Stopped as error:
+        from planner.search.study import shown
+
+        error.add_note(f"what was finished is in {shown(storage)}, the same command goes on from there")
+        raise

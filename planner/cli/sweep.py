@@ -23,7 +23,7 @@ from planner.cli.options import (
     paths,
     takes,
 )
-from planner.cli.stopping import journaled
+from planner.cli.stopping import in_study, journaled
 from planner.commands.flags import AskedGrid
 from planner.units import parse_numbers
 
@@ -43,6 +43,18 @@ def sweep(
     max_concurrency: Concurrency = 1,
     draft_lens: Annotated[str, typer.Option(help="Draft lengths in tokens.")] = "1,2,4,8",
     texts: Annotated[int, typer.Option(help="Prompts to run every configuration on; rounded up to whole groups of --max-concurrency.")] = 8,
+    trials: Annotated[
+        int | None,
+        typer.Option(help="Run so many configurations of the grid, chosen one after the other by what those before took; default: all of them."),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            help="Where the study of --trials stands, for all processes that are to share it: a journal file (study.journal) or a database "
+            "(sqlite:///study.db, postgresql://...). It goes on by itself; default: memory, and the journal beside --out.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted sweep with the same --out stopped.")] = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -54,9 +66,8 @@ def sweep(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """The brute-force grid that a plan replaces: every configuration run on every text."""
-    from planner.commands.check import grid
-    from planner.commands.configs import drafter_specs, policies, valid
+    """The brute-force grid that a plan replaces: every configuration run on every text, or with --trials those that a study chooses."""
+    from planner.commands.configs import drafter_specs, grid, policies, valid
     from planner.commands.session import usual_weights
     from planner.files import check_writable
     from planner.plans import save_sweep
@@ -67,11 +78,11 @@ def sweep(
     configs = grid(drafter_specs(asked, usual_weights(device)), policies(asked), parse_numbers(draft_lens, int, "--draft-lens"))
     sampler = valid(Sampler, temperature=temperature, top_p=top_p, top_k=top_k)
     workload = Workload(context_len=isl, output_len=osl, sampler=sampler, batch=max_concurrency)
-    with journaled(out):
+    with journaled(out) if study is None else in_study(study):
         with terminal.progress("sweep", quiet=quiet) as progress:
             result = planner.sweep(
                 model, paths(dataset), workload=workload, configs=configs, num_texts=texts, dtype=dtype, device=device, execution=execution,
-                weights=weights, rope_theta=rope_theta, max_context_len=max_context, seed=seed, out=out, resume=resume, progress=progress,
+                weights=weights, rope_theta=rope_theta, max_context_len=max_context, seed=seed, out=out, resume=resume, num_trials=trials, storage=study, progress=progress,
             )  # fmt: skip
         save_sweep(result, out)
     terminal.print_json(result) if as_json else terminal.show_sweep(result, out)

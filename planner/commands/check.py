@@ -1,32 +1,27 @@
-"""planner check and planner sweep: run configurations for real, against a plan or over a grid."""
+"""planner check: run a plan for real, its choice beside plain decoding and the runners-up."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 import planner
-from planner.commands.configs import kv_choices, valid
+from planner.commands.groups import shared_moments, whole_groups
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import Session, check_drafters, check_length, drafter_models, load_drafters, open_journal, open_session
+from planner.commands.session import Session, check_drafters, load_drafters, open_session
 from planner.errors import BadInput
-from planner.measurements import DrafterModel, fingerprint
+from planner.measurements import fingerprint
 from planner.plans import (
     PER_MILLION_TOKENS,
     Check,
     CheckCell,
     Estimate,
-    Interval,
     Plan,
-    Sweep,
-    SweepCell,
     Trial,
     load_plan,
     mean_round_s,
     tokens_per_round,
 )
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, Execution, SparseKV, Weights, Workload, checked, describe
+from planner.specs import PLAIN, DraftConfig, describe
 
 TOLERANCE = 0.05  # a check passes unless the choice is shown to be worse than this
 MACHINE_SHIFT = 0.05  # of plain decoding against the profile, beyond which absolute times say little
@@ -84,8 +79,8 @@ def run_check(
     began = time.perf_counter()
     environment = read_environment(session.model.device)
     workload = plan.workload
-    num_texts, more = _whole_groups(num_texts, workload.batch), _whole_groups(EPSILON_TEXTS, workload.batch)
-    total = num_texts if epsilon is None else max(num_texts, _whole_groups(MAX_EPSILON_TEXTS, workload.batch))
+    num_texts, more = whole_groups(num_texts, workload.batch), whole_groups(EPSILON_TEXTS, workload.batch)
+    total = num_texts if epsilon is None else max(num_texts, whole_groups(MAX_EPSILON_TEXTS, workload.batch))
     files = expand(list(dataset))
     try:
         prompts = draw_prompts(session.tokenizer, files, length=workload.context_len, count=total, seed=seed, seen=plan.seen_texts)
@@ -118,124 +113,9 @@ def run_check(
         )
         if shown is not None:
             break
-    warnings = complaints(environment) + _shared_moments(workload.batch, done)
+    warnings = complaints(environment) + shared_moments(workload.batch, done)
     minutes = (time.perf_counter() - began) / 60
     return session.ranks.first(lambda: _report(plan, plan_sha256, arms, trials, environment, warnings, minutes, epsilon, shown), Check)
-
-
-def sweep(
-    model: str,
-    dataset: Sequence[str],
-    *,
-    workload: Workload,
-    configs: Sequence[DraftConfig],
-    num_texts: int = 8,
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    execution: Execution | None = None,
-    weights: Weights = "full",
-    rope_theta: float | None = None,
-    max_context_len: int | None = None,
-    seed: int = 1,
-    out: str | Path,
-    resume: bool = False,
-    progress: Progress = Silent(),
-) -> Sweep:
-    """Run a whole grid, plain decoding included. What is finished stands in a journal beside `out`; resume goes on from it.
-
-    For a batch, texts run side by side in groups of as many, and num_texts is rounded up to whole groups.
-    """
-    from planner.profiler.device import complaints, describe_device, read_environment
-    from planner.profiler.latency import needs_memory
-    from planner.profiler.texts import digest, draw_prompts, expand
-    from planner.profiler.trial import run_trials
-
-    began = time.perf_counter()
-    workload = checked(workload)
-    session = open_session(
-        model, dtype=dtype, device=device, execution=execution, weights=weights, rope_theta=rope_theta, max_context_len=max_context_len
-    )
-    arms = list(dict.fromkeys([PLAIN, *configs]))
-    drafters = [config.drafter for config in arms]
-    load_drafters(session, drafters)
-    check_length(session, drafters, workload.context_len, workload.output_len)
-    environment = read_environment(session.model.device)
-    count = _whole_groups(num_texts, workload.batch)
-    prompts = draw_prompts(session.tokenizer, expand(list(dataset)), length=workload.context_len, count=count, seed=seed)
-    device_spec = describe_device(session.model.device)
-    header = _SweepRun(
-        planner_version=planner.__version__, torch=environment.torch, fingerprint=session.model.fingerprint, weights=session.weights, draft_models=drafter_models(session, drafters),
-        device=device_spec.name, num_cores=device_spec.num_cores, dtype=dtype, execution=session.model.kernels.execution,
-        tensor_parallel=session.ranks.size, workload=workload,
-        seed=seed, texts=[prompt.key for prompt in prompts], prompts=digest(prompts),
-    )  # fmt: skip
-    with open_journal(session, out, header, _Finished, resume=resume) as (keep, entries):
-        entries = [entry for entry in entries if entry.trial.config in arms]
-        trials, earlier_minutes = [entry.trial for entry in entries], sum(entry.minutes for entry in entries)
-        progress.stage("sweep", len(arms) * len(prompts))
-        progress.advance(len(trials))
-        last = began
-        steps = run_trials(
-            session.model, prompts, arms, workload.sampler, output_len=workload.output_len, stop_tokens=session.tokenizer.stop_tokens, seed=seed,
-            batch=workload.batch, skip={(trial.text, trial.config) for trial in trials},
-        )  # fmt: skip
-        with needs_memory(f"{workload.batch} streams at context {workload.context_len}", "end other programs, or lower --max-concurrency or --isl"):
-            for trial in steps:
-                now = time.perf_counter()
-                keep(_Finished(trial=trial, minutes=(now - last) / 60))
-                last = now
-                trials.append(trial)
-                progress.advance()
-    minutes = earlier_minutes + (time.perf_counter() - began) / 60
-    warnings = complaints(environment) + session.warnings + _shared_moments(workload.batch, len(prompts))
-    return session.ranks.first(lambda: _sweep_report(model, workload, arms, trials, environment, warnings, minutes), Sweep)
-
-
-def grid(drafters: Sequence[DrafterSpec], policies: Sequence[SparseKV], draft_lens: Sequence[int]) -> list[DraftConfig]:
-    """Every combination: drafters with all policies that they can be run with, at every length."""
-    asked = [(drafter, kv) for drafter in drafters if drafter.kind != "none" for kv in kv_choices(drafter, policies)]
-    return [valid(DraftConfig, drafter=drafter, kv=kv, draft_len=draft_len) for drafter, kv in asked for draft_len in draft_lens]
-
-
-class _SweepRun(msgspec.Struct, kw_only=True):
-    """What must agree for a sweep to be resumed."""
-
-    planner_version: str
-    torch: str
-    fingerprint: str  # of the model
-    weights: Weights
-    draft_models: list[DrafterModel]
-    device: str
-    num_cores: int | None
-    dtype: str
-    execution: str
-    tensor_parallel: int
-    workload: Workload
-    seed: int
-    texts: list[str]
-    prompts: str  # digest of their tokens
-
-
-class _Finished(msgspec.Struct, kw_only=True):
-    trial: Trial
-    minutes: float
-
-
-def _whole_groups(num_texts: int, batch: int) -> int:
-    """As many texts or a few more, so that no group runs with fewer streams than the batch that was asked about."""
-    return -(-num_texts // batch) * batch
-
-
-def _shared_moments(batch: int, num_texts: int) -> list[str]:
-    """What intervals over texts leave out where texts shared their rounds."""
-    if batch == 1:
-        return []
-    groups = f"{num_texts // batch} group" + "s" * (num_texts > batch)
-    warning = (
-        f"{num_texts} texts ran in {groups} of {batch}, which share the machine's moment; intervals count texts, so they are too narrow "
-        "where the machine is restless: raise --texts before trusting a small difference"
-    )
-    return [warning]
 
 
 def _arms(plan: Plan) -> list[DraftConfig]:
@@ -314,27 +194,3 @@ def _verdict(plan: Plan, best: DraftConfig, found, passed: bool, epsilon: float 
         return f"{choice} was worse than {describe(best)} by at least {found.low:.1%}: run {describe(best)}, and profile again (has the machine changed?)"
     told = "cannot be told apart" if found.low <= 0 else f"a difference of {found.value:.1%} is within the tolerance of {TOLERANCE:.0%}"
     return f"{describe(best)} was the best of those run; {choice} and it: {told}"
-
-
-def _sweep_report(model, workload, arms, trials, environment, warnings, minutes) -> Sweep:
-    from planner.search.compare import best_of, mean_interval, objective_by_text, paired_ratio
-
-    table = objective_by_text(trials, "tpot")
-    cells = []
-    for config in arms:
-        own = [trial for trial in trials if trial.config == config]
-        gain = paired_ratio(table[PLAIN], table[config])
-        cells.append(
-            SweepCell(
-                config=config,
-                measured_tpot_s=mean_interval([trial.tpot_s for trial in own]),
-                measured_e2e_s=mean_interval([trial.e2e_s for trial in own]),
-                measured_tokens_per_round=tokens_per_round(own),
-                speedup=Interval(value=1 + gain.value, low=1 + gain.low, high=1 + gain.high),
-                trials=own,
-            )
-        )
-    return Sweep(
-        planner_version=planner.__version__, model=model, environment=environment, workload=workload, cells=cells, best=best_of(table),
-        minutes=minutes, warnings=warnings,
-    )  # fmt: skip

@@ -126,7 +126,7 @@ class _Config(msgspec.Struct):
 def policies(asked: AskedGrid) -> list[SparseKV]:
     """Every budget and selection asked for; a refresh is for those that choose."""
     if asked.storage == "evict" and not asked.draft_model:
-        raise BadInput("--storage evict is for a drafter with keys of its own, got none; give --draft-model or drop it")
+        raise BadInput("--kv-storage evict is for a drafter with keys of its own, got none; give --draft-model or drop it")
     found = []
     for selection in words(asked.selections):
         check_selection(selection)
@@ -153,6 +153,12 @@ def kv_choices(drafter: DrafterSpec, sparse: Sequence[SparseKV]) -> list[KVPolic
         case "draft_model":
             return [*dict.fromkeys(sparse), FullKV()]
     return [FullKV()]
+
+
+def grid(drafters: Sequence[DrafterSpec], policies: Sequence[SparseKV], draft_lens: Sequence[int]) -> list[DraftConfig]:
+    """Every combination: drafters with all policies that they can be run with, at every length."""
+    asked = [(drafter, kv) for drafter in drafters if drafter.kind != "none" for kv in kv_choices(drafter, policies)]
+    return [valid(DraftConfig, drafter=drafter, kv=kv, draft_len=draft_len) for drafter, kv in asked for draft_len in draft_lens]
 
 
 def _agrees(value: DrafterSpec | SparseKV, given: dict) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import torch
 
-from planner.errors import BadInput, Unfinished
+from planner.errors import BadInput, OutOfMemory
 from planner.measurements import EnergySample, Failure, RoundSample
 from planner.profiler.energy import Counter, measure_energy
 from planner.profiler.timer import PhaseTimer, synchronize
@@ -138,13 +138,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def needs_memory(what: str, remedy: str) -> Iterator[None]:
-    """Unfinished, with what can be done, where the memory runs out inside."""
+    """OutOfMemory, with what can be done, where the memory runs out inside."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise Unfinished(f"the memory does not suffice for {what}; {remedy}") from None
+        raise OutOfMemory(f"the memory does not suffice for {what}; {remedy}") from None
 
 
 def _measure_cell(

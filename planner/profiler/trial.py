@@ -35,6 +35,8 @@ def run_trials(
     skip: set[tuple[str, DraftConfig]] = frozenset(),  # (prompt key, arm) that are known already
     warm: bool = True,
     counter: Counter | None = None,  # of energy
+    prefilled: dict[str, "Ground"] | None = None,  # where groups stay for the next call with the same prompts, by the key of their first
+    longest: int | None = None,  # draft_len that a prefilled cache is to have room for; None: that of these arms
 ) -> Iterator[Trial]:
     """Decode every prompt with every arm, `batch` prompts side by side, one trial for each prompt and arm.
 
@@ -43,13 +45,16 @@ def run_trials(
     """
     if len(prompts) % batch:
         raise ValueError(f"prompts are run in groups of {batch}, got {len(prompts)}; give a multiple")
-    longest = max(config.draft_len for config in arms)
+    longest = max(config.draft_len for config in arms) if longest is None else longest
     for number, first in enumerate(range(0, len(prompts), batch)):
         group = prompts[first : first + batch]
         todo = [config for config in arms if any((prompt.key, config) not in skip for prompt in group)]
         if not todo:
             continue
-        ground = _prefilled(model, group, cache_capacity(max(len(prompt.tokens) for prompt in group), output_len, longest))
+        if (ground := (prefilled or {}).get(group[0].key)) is None:
+            ground = _prefilled(model, group, cache_capacity(max(len(prompt.tokens) for prompt in group), output_len, longest))
+        if prefilled is not None:
+            prefilled[group[0].key] = ground
         if warm:
             for config in arms:
                 _decode(model, ground, config, sampler, min(WARMUP_TOKENS, output_len), (), seed)
@@ -60,7 +65,7 @@ def run_trials(
             yield from (trial for trial in trials if (trial.text, config) not in skip)
 
 
-class _Ground(NamedTuple):
+class Ground(NamedTuple):
     """A group of prompts ready to be decoded from again and again."""
 
     prompts: list[Prompt]
@@ -69,7 +74,7 @@ class _Ground(NamedTuple):
     prefill_s: list[float]  # of each prompt
 
 
-def _prefilled(model: Transformer, prompts: list[Prompt], capacity: int) -> _Ground:
+def _prefilled(model: Transformer, prompts: list[Prompt], capacity: int) -> Ground:
     """The prompts one after the other in the streams of one cache: each prefill is timed by itself, as a server meets it."""
     cache = model.new_cache(capacity, batch=len(prompts))
     logits, prefill_s = [], []
@@ -77,11 +82,11 @@ def _prefilled(model: Transformer, prompts: list[Prompt], capacity: int) -> _Gro
         before = synchronize(model.device)
         logits.append(prefill(model, torch.tensor([prompt.tokens], device=model.device), cache.stream(b)))
         prefill_s.append(synchronize(model.device) - before)
-    return _Ground(prompts, cache, torch.cat(logits), prefill_s)
+    return Ground(prompts, cache, torch.cat(logits), prefill_s)
 
 
 def _decode(
-    model: Transformer, ground: _Ground, config: DraftConfig, sampler: Sampler, output_len: int, stop_tokens: tuple[int, ...], seed: int,
+    model: Transformer, ground: Ground, config: DraftConfig, sampler: Sampler, output_len: int, stop_tokens: tuple[int, ...], seed: int,
     counter: Counter | None = None,
 ) -> list[Trial]:  # fmt: skip
     """One decode of all prompts of a group: a trial for each.

@@ -21,7 +21,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from planner.measurements import MIN_DISTINCT_4GRAMS, Profile, RoundSample
-from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Plan, Sweep, SweepCell
+from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Plan, Studied, Sweep, SweepCell
 from planner.replays import ServedDrafter, ServedGroup, ServedReplay, UnitCosts
 from planner.report.layout import (
     Column,
@@ -243,7 +243,22 @@ def show_sweep(sweep: Sweep, path: str | Path | None) -> None:
         ],
     ]
     show_table(console, keys, groups, cells, lambda cell: "bold" if role(cell) else "")
-    put_lines(console, [("Minutes", f"{sweep.minutes:.1f} for {len(cells)} configurations"), *saved_lines(path)])
+    lines = [("Minutes", f"{sweep.minutes:.1f} for {len(cells)} configurations")]
+    if sweep.study is not None:
+        lines = [*_studied(sweep.study, len(cells)), *lines]
+    put_lines(console, [*lines, *saved_lines(path)])
+
+
+def _studied(study: Studied, num_measured: int) -> list[tuple[str, str]]:
+    """What part of a grid was run, and what was not."""
+    chosen = f"{num_measured} of {study.num_candidates} configurations, chosen by {clean(study.chosen_by)} and run one after the other"
+    lines = [("Study", f"{chosen}; the best of the grid may be among those left out" if study.left_out else chosen)]
+    lines += [("Failed", f"{clean(describe(one.config))}: {clean(one.reason)}") for one in study.failed]
+    if study.left_out:
+        more = len(study.left_out) - MAX_ROWS
+        names = ", ".join(clean(describe(config)) for config in study.left_out[:MAX_ROWS])
+        lines.append(("Left out", names + (f" and {more} more (--json names them)" if more > 0 else "")))
+    return lines
 
 
 def show_replay(replay: ServedReplay, path: str | Path | None) -> None:

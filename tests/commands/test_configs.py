@@ -43,7 +43,7 @@ def test_flags_that_do_not_go_together_are_refused_with_a_remedy(asked, match):
 
 
 def test_flags_of_draft_models_are_refused_in_a_grid_without_one():
-    with pytest.raises(BadInput, match="--storage evict .* give --draft-model or drop it"):
+    with pytest.raises(BadInput, match="--kv-storage evict .* give --draft-model or drop it"):
         policies(AskedGrid(storage="evict"))
     with pytest.raises(BadInput, match="--draft-dtype goes with a draft model, got float32 without one"):
         drafter_specs(AskedGrid(draft_dtype="float32"), "full")

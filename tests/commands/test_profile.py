@@ -70,7 +70,8 @@ def dataset(tmp_path_factory):
 @pytest.fixture
 def loaded_once(monkeypatch):
     """check and sweep share a model: loading it takes longer than they do."""
-    monkeypatch.setattr("planner.commands.check.open_session", shared_session)
+    for verb in ("check", "sweep"):
+        monkeypatch.setattr(f"planner.commands.{verb}.open_session", shared_session)
 
 
 @cache

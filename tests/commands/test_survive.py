@@ -22,9 +22,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.torch import save_file
-from tiny import tiny_checkpoint
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny import write_model
 
 import planner
 from planner.commands.flags import Asked
@@ -48,31 +46,6 @@ SHORT = shlex.split(
 SWEEP = shlex.split(
     "sweep --isl 24 --osl 12 --kv-budgets 12 --sink 2 --recent 4 --draft-lens 1,2 --texts 4 --dtype float32 --device cpu --execution eager --quiet"
 )
-
-
-def write_model(folder: Path, seed: int = 0, swapped: bool = False) -> Path:
-    """A tiny model as a Hugging Face folder, a token for every byte; swapped: two of them the other way round."""
-    folder.mkdir()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if swapped:
-        e, t = alphabet.index("e"), alphabet.index("t")
-        alphabet[e], alphabet[t] = "t", "e"
-    backend = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text("{}")
-    checkpoint = tiny_checkpoint(seed, vocab_size=len(alphabet), max_context_len=256)
-    save_file(checkpoint.tensors, folder / "model.safetensors")
-    spec = checkpoint.spec
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size, "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_context_len, "rope_theta": spec.rope_theta, "rms_norm_eps": spec.rms_norm_eps,
-        "tie_word_embeddings": True, "torch_dtype": "float32",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")

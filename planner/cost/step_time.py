@@ -1,0 +1,189 @@
+"""Seconds of a round by running batch, draft_len and context: a physical law, and a smooth correction of it.
+
+The law is a sum of non-negative terms, fitted to relative errors: reading weights, computing tokens, reading the cache, hinges
+where matrix units fill up, drafting, the glue of a round, prompts of other requests that are read in between. A Gaussian
+process on the logarithm corrects it (Rasmussen and Williams 2006, chapters 2 and 5): how far each term may be off, a smooth
+part that all drafters share, since they are verified by one target, and one of each drafter's own. Its posterior is the
+uncertainty of a prediction. Steps of matrix tiles and of graph buckets are its noise: a dozen cells cannot place them.
+
+n  cells asked for      m  cells measured      F  terms of the law
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
+from scipy.optimize import minimize, nnls
+
+HINGES = (64, 128, 256, 512)  # tokens of a pass, from where on computing costs more: tile sizes, and what makes a pass compute-bound
+DRAFT_HINGE = 128  # requests, the same for a drafter's pass over one token of each
+IDLE_TAX, IDLE_TAX_SD = 0.12, 0.05  # an idle drafter that nobody measured: 7 to 22 % were seen on an H100
+IDLE_CELL_SD = 0.03  # of a cell that was measured: the tax is not quite the same at every load
+OUTLIER = 4.0  # standard deviations, beyond which a cell counts no more
+STEP_SD = 0.017  # steps between the measured cells that no cell of a dozen shows
+FOLDS = 30
+PRIOR_CELLS = 5  # that the intervals' own calibration is mixed with
+
+# Hyperparameters, as medians and standard deviations of their logarithms.
+HYPER = {
+    "term": (0.10, 0.7),  # how far a term may be off, as a share of the round where it weighs most
+    "shared": (0.03, 0.6),  # smooth correction of all drafters
+    "own": (0.03, 0.6),  # of each
+    "noise": (0.012, 0.5),
+    "length": (2.0, 0.4),  # doublings over which a correction stays the same
+    "draft_length": (1.2, 0.4),  # the same, of draft_len + 1
+}
+
+
+class At(NamedTuple):
+    """Where a round's time is asked for."""
+
+    drafter: np.ndarray  # [n]
+    draft_len: np.ndarray  # [n]
+    running: np.ndarray  # [n]
+    context: np.ndarray  # [n] mean tokens of a request's cache
+    terms: np.ndarray  # [n, F] terms of the law, as shares of the round's time
+
+
+class StepTime:
+    """Round times of an engine."""
+
+    def __init__(self, cells, running: np.ndarray, tokens_per_round: np.ndarray, round_s: np.ndarray, num_drafters: int):
+        self._num_drafters = num_drafters
+        idle = (cells.drafter > 0) & (cells.draft_len == 0)
+        self._log_tax, self._tax_sd = np.full(num_drafters, np.log1p(IDLE_TAX)), np.full(num_drafters, IDLE_TAX_SD)
+        self._log_tax[0] = self._tax_sd[0] = 0.0
+        terms = self._terms(cells, running, tokens_per_round) * self._idle_tax(cells)[:, None]
+        self._seen = terms.max(0) > 0
+        self._unit = np.where(self._seen, terms.max(0), 1.0)
+        shares = terms / self._unit / round_s[:, None]
+        weight = np.where(idle & np.any(~idle & (cells.draft_len == 0)), 0.1, 1.0)  # an idle drafter says little about off where that was measured
+        self._coefficients = nnls(shares * weight[:, None], weight)[0]
+        for drafter in np.unique(cells.drafter[idle]):
+            self._learn_tax(drafter, np.log(round_s / self.law(cells, running, tokens_per_round))[idle & (cells.drafter == drafter)])
+        self._reach = np.where(self._seen, shares.max(0), 1.0)  # the largest share that a unit of each term takes of a measured round
+
+        self._at = self._place(cells, running, tokens_per_round)
+        residual = np.log(round_s) - np.log(self.law(cells, running, tokens_per_round))
+        self._hyper = self._fit(residual)
+        self._factor = self._cholesky(self._hyper)
+        self._weights = cho_solve((self._factor, True), residual)
+        self._widen = self._calibration(shares, weight, residual)
+
+    def law(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> np.ndarray:
+        """[n] seconds by the physical law alone."""
+        seconds = self._terms(cells, running, tokens_per_round) / self._unit @ self._coefficients
+        return np.maximum(seconds, 1e-9) * self._idle_tax(cells)
+
+    def predict(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] seconds, and the standard deviation of a fresh measurement's logarithm [n]."""
+        at = self._place(cells, running, tokens_per_round)
+        cross = self._kernel(at, self._at, self._hyper)
+        explained = solve_triangular(self._factor, cross.T, lower=True)  # [m, n]
+        variance = self._own_variance(at, self._hyper) - np.einsum("mn,mn->n", explained, explained)
+        sd = np.hypot(self._widen * np.sqrt(np.maximum(variance, 0.0) + self._hyper["noise"] ** 2), STEP_SD)
+        seconds = self.law(cells, running, tokens_per_round) * np.exp(cross @ self._weights)
+        return seconds, np.hypot(sd, self._idle_doubt(cells))
+
+    def difference_sd(self, a: tuple, b: tuple) -> np.ndarray:
+        """[n] standard deviation of the logarithm of the ratio of two rounds, each (cells, running, tokens_per_round)."""
+        places = [self._place(*one) for one in (a, b)]
+        explained = [solve_triangular(self._factor, self._kernel(at, self._at, self._hyper).T, lower=True) for at in places]
+        moved = explained[0] - explained[1]
+        variance = sum(self._own_variance(at, self._hyper) for at in places) - 2 * self._pairwise(*places, self._hyper)
+        variance = np.maximum(variance - np.einsum("mn,mn->n", moved, moved), 0.0) + 2 * self._hyper["noise"] ** 2
+        return np.sqrt(self._widen**2 * variance + 2 * STEP_SD**2 + self._idle_doubt(a[0]) ** 2 + self._idle_doubt(b[0]) ** 2)
+
+    def elasticity(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> np.ndarray:
+        """[n] how many percent a round takes longer for a percent more of requests, in [0, 1]."""
+        more = self.law(cells, 1.05 * running, tokens_per_round) / self.law(cells, running, tokens_per_round)
+        return np.clip(np.log(more) / np.log(1.05), 0.0, 1.0)
+
+    def _terms(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> np.ndarray:
+        """[n, F] what the law is a sum of, up to factors: the target's part first, then each drafter's."""
+        one = np.ones(len(running))
+        k, drafting = cells.draft_len, cells.draft_len > 0
+        rows = running * (k + 1)  # tokens that the target's pass computes
+        cache = running * (cells.context_len + cells.output_len / 2)  # tokens that it reads
+        columns = [one, running, rows, np.sqrt(rows), *(np.maximum(rows - hinge, 0) for hinge in HINGES), cache, cache * k]
+        columns.append(running * tokens_per_round * cells.context_len / cells.output_len)  # prompt tokens read in a round's time
+        for drafter in range(1, self._num_drafters):
+            mine = cells.drafter == drafter
+            steps, active = mine * k, mine & drafting
+            columns += [active, active * running, steps, steps * running, steps * np.maximum(running - DRAFT_HINGE, 0), steps * cache]
+        return np.stack(columns, axis=1).astype(float)
+
+    def _place(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> At:
+        shares = self._terms(cells, running, tokens_per_round) / self._unit / self.law(cells, running, tokens_per_round)[:, None]
+        terms = np.where(self._seen, shares / self._reach, 0.0)
+        return At(cells.drafter, cells.draft_len, running, cells.context_len + cells.output_len / 2, terms)
+
+    def _kernel(self, a: At, b: At, hyper: dict) -> np.ndarray:
+        """[a, b] covariance of the logarithms of two rounds."""
+
+        def near(x, y, length):
+            return ((x[:, None] - y) / length) ** 2
+
+        batch, context = near(np.log2(a.running), np.log2(b.running), hyper["length"]), near(np.log2(a.context), np.log2(b.context), hyper["length"])
+        wide = near(np.log2(a.draft_len + 1), np.log2(b.draft_len + 1), hyper["draft_length"])
+        smooth = np.exp(-0.5 * (batch + context + wide))
+        same = (a.drafter[:, None] == b.drafter) & (a.drafter[:, None] > 0)
+        return hyper["term"] ** 2 * (a.terms @ b.terms.T) + (hyper["shared"] ** 2 + hyper["own"] ** 2 * same) * smooth
+
+    def _pairwise(self, a: At, b: At, hyper: dict) -> np.ndarray:
+        """[n] the same, cell by cell."""
+        distance = (np.log2(a.running / b.running) ** 2 + np.log2(a.context / b.context) ** 2) / hyper["length"] ** 2
+        distance = distance + (np.log2((a.draft_len + 1) / (b.draft_len + 1)) / hyper["draft_length"]) ** 2
+        same = (a.drafter == b.drafter) & (a.drafter > 0)
+        terms = hyper["term"] ** 2 * np.einsum("nf,nf->n", a.terms, b.terms)
+        return terms + (hyper["shared"] ** 2 + hyper["own"] ** 2 * same) * np.exp(-0.5 * distance)
+
+    def _own_variance(self, at: At, hyper: dict) -> np.ndarray:
+        return self._pairwise(at, at, hyper)
+
+    def _fit(self, residual: np.ndarray) -> dict:
+        """The hyperparameters that the residuals make likeliest, near where engines usually are."""
+        centre = np.log([median for median, _ in HYPER.values()])
+        spread = np.array([sd for _, sd in HYPER.values()])
+
+        def cost(logs: np.ndarray) -> float:
+            try:
+                factor = self._cholesky(dict(zip(HYPER, np.exp(logs), strict=True)))
+            except np.linalg.LinAlgError:
+                return 1e10
+            white = solve_triangular(factor, residual, lower=True)
+            return float(0.5 * white @ white + np.log(np.diag(factor)).sum() + 0.5 * np.square((logs - centre) / spread).sum())
+
+        found = minimize(cost, centre, method="L-BFGS-B", bounds=list(zip(centre - 3 * spread, centre + 3 * spread, strict=True)))
+        return dict(zip(HYPER, np.exp(found.x), strict=True))
+
+    def _cholesky(self, hyper: dict) -> np.ndarray:
+        return cholesky(self._kernel(self._at, self._at, hyper) + hyper["noise"] ** 2 * np.eye(len(self._at.running)), lower=True)
+
+    def _learn_tax(self, drafter: int, residual: np.ndarray) -> None:
+        """The tax of an idle drafter, from cells about the law with the usual tax: a mean with a prior."""
+        precision = 1 / IDLE_TAX_SD**2 + len(residual) / IDLE_CELL_SD**2
+        self._log_tax[drafter] += residual.sum() / IDLE_CELL_SD**2 / precision
+        self._tax_sd[drafter] = precision**-0.5
+
+    def _calibration(self, shares: np.ndarray, weight: np.ndarray, residual: np.ndarray) -> float:
+        """How much wider intervals must be than the process says, by cells predicted from all others: law and correction fitted without them."""
+        covariance = self._factor @ self._factor.T
+        count, standardised, whole = len(residual), [], shares @ self._coefficients
+        for fold in np.array_split(np.random.default_rng(0).permutation(count), min(count, FOLDS)):
+            rest = np.setdiff1d(np.arange(count), fold)
+            coefficients = nnls(shares[rest] * weight[rest, None], weight[rest])[0]
+            moved = residual + np.log(whole) - np.log(np.maximum(shares @ coefficients, 1e-9))  # about the law without the fold
+            factor = cho_factor(covariance[np.ix_(rest, rest)], lower=True)
+            cross = covariance[np.ix_(fold, rest)]
+            error = moved[fold] - cross @ cho_solve(factor, moved[rest])
+            variance = np.diag(covariance)[fold] - np.einsum("ij,ji->i", cross, cho_solve(factor, cross.T))
+            standardised.append(error / np.sqrt(variance))
+        squares = np.square(np.concatenate(standardised))
+        return float(np.sqrt((np.minimum(squares, OUTLIER**2).sum() + PRIOR_CELLS) / (count + PRIOR_CELLS)))
+
+    def _idle_tax(self, cells) -> np.ndarray:
+        return np.where(cells.draft_len == 0, np.exp(self._log_tax[cells.drafter]), 1.0)
+
+    def _idle_doubt(self, cells) -> np.ndarray:
+        return np.where(cells.draft_len == 0, self._tax_sd[cells.drafter], 0.0)
