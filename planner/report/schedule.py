@@ -52,7 +52,7 @@ def show_schedule(schedule: Schedule, path: str | Path | None) -> None:
             lost = f"if it is the better one, at most {100 * tie.cost_of_being_wrong:.1f} % is lost{more}"
             lines.append(("Tie", f"{_at(row, schedule)}: {_name(tie.setting)} is {format_percent(tie.difference)} % worse; {lost}"))
     for apart in schedule.disagreements[:MAX_ROWS]:
-        where = f"{_span(apart.concurrency_from, apart.concurrency_to)}{_context(apart.context_len, schedule)}"
+        where = f"concurrency {_span(apart.concurrency_from, apart.concurrency_to)}{_context(apart.context_len, schedule)}"
         quick = f"by time per token {_name(apart.by_tpot)}, which loses {100 * apart.throughput_lost:.1f} % of throughput"
         many = f"by throughput {_name(apart.by_throughput)}, which takes {100 * apart.tpot_lost:.1f} % longer per token"
         lines.append(("Disagree", f"{where}: {quick}; {many}"))
@@ -171,9 +171,8 @@ def _flip(flip: Flip, schedule: Schedule) -> str:
 
 
 def _at(row: ScheduleRow, schedule: Schedule) -> str:
-    return _span(row.concurrency_from, row.concurrency_to) + (
-        f", context {_span(row.context_from, row.context_to)}" if len(schedule.contexts) > 1 else ""
-    )
+    context = f", context {_span(row.context_from, row.context_to)}" if len(schedule.contexts) > 1 else ""
+    return f"concurrency {_span(row.concurrency_from, row.concurrency_to)}{context}"
 
 
 def _context(context_len: int, schedule: Schedule) -> str:

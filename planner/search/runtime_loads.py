@@ -65,16 +65,17 @@ class RuntimeLoads:
             return self._interpolated(config, concurrency, context_len, figure) * runs
 
         tpot_s, ttft_s = of(lambda p: p.estimate.tpot_s.value), of(lambda p: p.estimate.ttft_s.value)
-        seconds = (ttft_s + (self.output_len - 1) * tpot_s / concurrency) / self.output_len  # objective price: what is interpolated must be linear
+        later_s = (self.output_len - 1) * tpot_s / concurrency  # of a request, whose rounds are shared
+        sd_tpot, sd_ttft = of(lambda p: _sd(p.estimate.tpot_s)), of(lambda p: _sd(p.estimate.ttft_s))
         return Forecast(
             tpot_s=tpot_s,
-            output_tokens_per_s=1 / seconds,
+            output_tokens_per_s=self.output_len / (ttft_s + later_s),  # after the interpolation, which must be of what is linear
             round_s=of(lambda p: p.estimate.round_s.value),
             tokens_per_round=of(lambda p: p.estimate.tokens_per_round.value),
             running=concurrency * runs,
             ttft_s=ttft_s,
-            sd_tpot=of(lambda p: _sd(p.estimate.tpot_s)),
-            sd_throughput=of(lambda p: _sd(p.estimate.e2e_s)),
+            sd_tpot=sd_tpot,
+            sd_throughput=np.hypot(ttft_s * sd_ttft, later_s * sd_tpot) / (ttft_s + later_s),
             sd_round=of(lambda p: _sd(p.estimate.round_s)),
             sd_tokens=of(lambda p: _sd(p.estimate.tokens_per_round)),
             extrapolated=np.zeros(shape, bool),

@@ -43,7 +43,7 @@ def make_schedule(loads: Loads, question: Question, **about) -> Schedule:
         Deployment(
             drafter=name,
             schedule=own,
-            loss=float(np.clip(-np.expm1(total - best), 0.0, 1.0)) if np.isfinite(best) else 0.0,
+            loss=max(0.0, -float(np.expm1(total - best))) if np.isfinite(best) else 0.0,
             gain_over_off=gain if np.isfinite(off) else None,
         )
         for name, own, (total, _), gain in zip(
