@@ -59,10 +59,10 @@ def draw_drafted(texts: Texts, method: str, rng: np.random.Generator) -> Drafted
         found = rng.random(shape) < chance[texts.stretch]
         return Drafted(right[texts.stretch], np.ones(MAX_DRAFT_LEN), found)
     mean, slope = {
-        "draft_model": (rng.uniform(1.1, 2.2), 1.0),
-        "eagle3": (rng.uniform(1.2, 2.2), rng.uniform(0.92, 0.985)),
-        "mtp": (rng.uniform(1.8, 3.0), rng.uniform(0.8, 0.93)),
-        "dflash": (rng.uniform(1.2, 2.4), rng.uniform(0.93, 0.99)),
+        "draft_model": (rng.uniform(0.4, 2.0), 1.0),
+        "eagle3": (rng.uniform(0.4, 2.0), rng.uniform(0.92, 0.985)),
+        "mtp": (rng.uniform(1.2, 2.8), rng.uniform(0.8, 0.93)),
+        "dflash": (rng.uniform(0.6, 2.2), rng.uniform(0.93, 0.99)),
     }[method]
     easy = rng.uniform(0.4, 1.4)
     between, within = rng.uniform(0.2, 0.6), rng.uniform(0.5, 2.0)

@@ -472,7 +472,14 @@ def _draw(seed: int, rng: np.random.Generator) -> Engine:
         methods[kind] = make_method(kind, at, small, texts, rng)
     contexts = sorted(int(round(np.exp(rng.uniform(np.log(500), np.log(32000))), -2)) for _ in range(1 + int(rng.random() < 0.25)))
     scheduler = make_scheduler(gpu, rng)
-    engine = Engine(seed, at, methods, scheduler, {context: int(rng.choice([128, 256, 512, 1024, 2048], p=[0.1, 0.25, 0.3, 0.25, 0.1])) for context in contexts}, rng.uniform(0.005, 0.02))
+    engine = Engine(
+        seed,
+        at,
+        methods,
+        scheduler,
+        {context: int(rng.choice([128, 256, 512, 1024, 2048], p=[0.1, 0.25, 0.3, 0.25, 0.1])) for context in contexts},
+        rng.uniform(0.005, 0.02),
+    )
     engine.reports = {"acceptance": bool(rng.random() < 0.75), "itl": bool(rng.random() < 0.85)}
     engine.sizes_known = bool(rng.random() < 0.9)
     return engine
