@@ -87,7 +87,7 @@ def expected(drafted: Drafted, draft_len: int) -> Counters:
         kept += keeping.sum(axis=0)
         offset[:, 1:] = keeping
         offset[:, 0] = 1.0 - keeping.sum(axis=1)
-    return Counters(NUM_REQUESTS * NUM_TOKENS / started, tuple(kept / tried), drafting / started)
+    return Counters(float(NUM_REQUESTS * NUM_TOKENS / started), tuple((kept / tried).tolist()), float(drafting / started))
 
 
 def simulate(drafted: Drafted, draft_len: np.ndarray, num_requests: np.ndarray, rng: np.random.Generator) -> list[Counters]:
@@ -111,6 +111,6 @@ def simulate(drafted: Drafted, draft_len: np.ndarray, num_requests: np.ndarray, 
     out = []
     for i, k in enumerate(draft_len):
         seen = int((np.append(tried[i, :k], 0) == 0).argmax())  # positions that were tried at least once
-        acceptance = tuple(kept[i, :seen] / tried[i, :seen])
-        out.append(Counters(num_requests[i] * NUM_TOKENS / started[i], acceptance, tried[i, 0] / started[i] if k else 0.0))
+        acceptance = tuple((kept[i, :seen] / tried[i, :seen]).tolist())
+        out.append(Counters(float(num_requests[i] * NUM_TOKENS / started[i]), acceptance, float(tried[i, 0] / started[i]) if k else 0.0))
     return out

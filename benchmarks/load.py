@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 from common import make_parser, progress, report_tables
-from engines import CONCURRENCIES, Cell, Engine, measured_cells, random_engine
+from engines import Cell, Engine, measured_cells, random_engine
+from planner.cost.serving import Cells, Served, ServingModel, fit_serving
 from scipy.optimize import nnls
 
 import planner
-from planner.cost.serving import Cells, Served, ServingModel, fit_serving
 from planner.serving import OFF, ModelSize, ServedCell, ServingProfile, SystemSpec
 
 LOADS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256])  # where a choice is judged: each octave counts the same
@@ -73,7 +73,7 @@ def capacity_blind_tpot(measured: list[ServedCell], settings: list[tuple[str, in
     for drafter in dict.fromkeys(name for name, _ in settings):
         mine = [cell for cell in measured if cell.drafter == drafter]
         mine = [cell for cell in mine if cell.context_len == context] if drafter == OFF else mine
-        terms = lambda k, b: np.stack([np.ones_like(b), k, b, b * k], axis=-1)  # noqa: E731
+        terms = lambda k, b: np.stack([np.ones_like(b), k, b, b * k], axis=-1)
         k = np.array([cell.draft_len for cell in mine], dtype=float)
         batch = np.array([min(cell.concurrency, cell.output_tokens_per_s * cell.tpot_s) for cell in mine])
         tokens = np.array([mean_tokens(mine, cell.draft_len) for cell in mine])
@@ -234,7 +234,7 @@ def replay_single_stream() -> tuple[list[dict], dict[str, float]]:
     real = np.array([row[3] / 1e3 for row in SINGLE_STREAM])
     error = served.tpot_s / real - 1
     best = int(served.tpot_s.argmin())
-    one = lambda k: Cells(*(np.array([value]) for value in (model.drafters.index(name) if k else 0, k, 1, context, output)))  # noqa: E731
+    one = lambda k: Cells(*(np.array([value]) for value in (model.drafters.index(name) if k else 0, k, 1, context, output)))
     sd = float(model.ratio_sd(one(0), one(best), "tpot")[0])
     speedup = float(served.tpot_s[0] / served.tpot_s[best])
     low, high = speedup * np.exp(-Z90 * sd), speedup * np.exp(Z90 * sd)
@@ -303,7 +303,7 @@ def replay_magicdec() -> tuple[list[dict], dict[str, float]]:
 
 
 def summary(judged: list[Judged]) -> dict[str, float]:
-    column = lambda name: np.array([getattr(one, name) for one in judged])  # noqa: E731
+    column = lambda name: np.array([getattr(one, name) for one in judged])
     out = {
         "synthetic/tpot_error_median": float(np.median(column("tpot_error"))),
         "synthetic/tpot_error_p95": float(np.quantile(column("tpot_error"), 0.95)),
