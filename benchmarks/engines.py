@@ -356,6 +356,17 @@ class Engine:
             vocab_size=model.vocab,
         )
 
+    def import_flags(self) -> list[str]:
+        """What goes with the table on the command line of `planner import bench`."""
+        profile_sizes = {"": (self.target, weights_bytes(self.target))}
+        profile_sizes |= {name: (m.at, drafter_bytes(m, self.target)) for name, m in self.methods.items() if m.at and self.sizes_known}
+        flags = []
+        for name, (at, weights) in profile_sizes.items():
+            spec = f"num_layers={at.model.num_layers},num_kv_heads={at.model.num_kv_heads},head_dim={at.model.head_dim}"
+            spec += f",weights_gib={weights / GIB:.4f},kv_bytes_per_element={at.kv_bytes:g}"
+            flags += ["--draft-model", f"{name}={spec}"] if name else ["--model", spec]
+        return [*flags, "--system", f"memory_gib={self.target.gpu.memory_gib:g},fraction={self.scheduler.fraction:g}"]
+
     def table(self, path: Path, cells: Sequence[Cell], rng: np.random.Generator) -> None:
         """The same runs as the CSV that `planner import bench` reads; empty where this benchmark does not say."""
         measured = self.measure(cells, rng)

@@ -2,8 +2,9 @@
 
 A hundred synthetic engines (engines.py). Of each, planner gets a dozen noisy cells per drafter and some of off, as a user would
 measure them; it predicts the rest of the grid and chooses drafter and K at every load. A choice's regret is the share of the best
-setting's throughput (or the excess over its TPOT) that it loses in truth, off among the settings. Beside it, on the same cells:
-the nearest measured cell, the choice at batch 1 everywhere, and a planner that knows latency but no capacity.
+setting's throughput (or the excess over its TPOT) that it loses in truth, off among the settings. Beside it: a sweep that
+measures the whole grid once, and from planner's own cells the nearest measured one, the choice at batch 1 everywhere, and a
+planner that knows latency but no capacity.
 Then two published tables. About two minutes on two cores; --engines shortens it.
 """
 
@@ -16,14 +17,17 @@ from typing import NamedTuple
 import numpy as np
 from common import make_parser, progress, report_tables
 from engines import Cell, Engine, measured_cells, random_engine
-from planner.cost.serving import Cells, Served, ServingModel, fit_serving
 from scipy.optimize import nnls
 
 import planner
+from planner.cost.serving import Cells, Served, ServingModel, fit_serving
+from planner.search.engine_loads import EngineLoads
+from planner.search.schedule import Question, choose, evaluate, make_schedule
 from planner.serving import OFF, ModelSize, ServedCell, ServingProfile, SystemSpec
 
 LOADS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256])  # where a choice is judged: each octave counts the same
 Z90 = 1.645  # of a normal's central 90 %
+BASELINES = ("sweep", "nearest", "batch_1", "no_capacity")
 
 
 class Judged(NamedTuple):
@@ -41,7 +45,8 @@ class Judged(NamedTuple):
     regret_worst: float  # the worst load
     worst: str  # which, and what was taken for what
     regret_tpot: float
-    nearest: float  # regrets of the baselines
+    sweep: float  # regrets of the baselines
+    nearest: float
     batch_1: float
     no_capacity: float
 
@@ -108,9 +113,10 @@ def judge(seed: int, drawn: bool = False) -> Judged:
     served = ask(model, unseen, engine.output_len)
     truth = [engine.truth(*cell) for cell in unseen]
     tpot, rate = np.array([one.tpot_s for one in truth]), np.array([one.output_tokens_per_s for one in truth])
-    fresh = np.array([cell.tpot_s for cell in engine.measure(unseen, rng)])
+    rest = engine.measure(unseen, rng)
+    fresh = np.array([cell.tpot_s for cell in rest])
     half = np.expm1(Z90 * served.sd_tpot)
-    regrets = judge_choices(engine, model, profile.cells)
+    regrets = judge_choices(engine, model, profile.cells, rest)
     return Judged(
         seed=seed,
         name=str(engine),
@@ -124,28 +130,34 @@ def judge(seed: int, drawn: bool = False) -> Judged:
     )
 
 
-def judge_choices(engine: Engine, model: ServingModel, measured: list[ServedCell]) -> dict:
-    """Regrets of planner's choices and the baselines', over loads and contexts."""
+def scheduled(model: ServingModel, settings: list[tuple[str, int]], context: int, output_len: int, objective: str) -> np.ndarray:
+    """[loads] which of the settings the schedule's row for each load holds."""
+    loads = EngineLoads(model, output_len)
+    grid = evaluate(loads, Question(1, int(LOADS[-1]), [context], objective))
+    rows = choose(grid, grid.free, objective).chosen[0, LOADS - 1]
+    return np.array([settings.index((loads.settings[i].drafter, loads.settings[i].draft_len)) for i in rows])
+
+
+def judge_choices(engine: Engine, model: ServingModel, measured: list[ServedCell], rest: list[ServedCell]) -> dict:
+    """Regrets of the schedule's rows and the baselines', over loads and contexts. rest  the grid's other cells, measured as well"""
     settings = engine.settings()
-    lost: dict[str, list[np.ndarray]] = {name: [] for name in ("planner", "tpot", "nearest", "batch_1", "no_capacity")}
+    lost: dict[str, list[np.ndarray]] = {name: [] for name in ("planner", "tpot", *BASELINES)}
     worst, worst_lost = "", -1.0
     for context, output in engine.output_len.items():
         curves = [engine.curve(*setting, context) for setting in settings]
-        rate = np.array([curve.requests_per_s[LOADS - 1] * output for curve in curves])  # [settings, loads]
+        rate = np.array([curve.requests_per_s[LOADS - 1] for curve in curves])  # [settings, loads]
         tpot = np.array([curve.round_s[LOADS - 1] / curve.tokens_per_round for curve in curves])
-        served = ask(model, [Cell(*setting, int(load), context) for setting in settings for load in LOADS], engine.output_len)
-        predicted = served.output_tokens_per_s.reshape(rate.shape)
         column = np.arange(len(LOADS))
         taken = {
-            "planner": predicted.argmax(axis=0),
+            "planner": scheduled(model, settings, context, output, "throughput"),
+            "sweep": nearest_throughput(measured + rest, settings, context).argmax(axis=0),
             "nearest": nearest_throughput(measured, settings, context).argmax(axis=0),
-            "batch_1": np.full(len(LOADS), predicted[:, 0].argmax()),
             "no_capacity": capacity_blind_tpot(measured, settings, context).argmin(axis=0),
         }
+        taken["batch_1"] = np.full(len(LOADS), taken["planner"][0])
         for name, choice in taken.items():
             lost[name].append(1 - rate[choice, column] / rate.max(axis=0))
-        choice = served.tpot_s.reshape(tpot.shape).argmin(axis=0)
-        lost["tpot"].append(tpot[choice, column] / tpot.min(axis=0) - 1)
+        lost["tpot"].append(tpot[scheduled(model, settings, context, output, "tpot"), column] / tpot.min(axis=0) - 1)
         if lost["planner"][-1].max() > worst_lost:
             at, worst_lost = int(lost["planner"][-1].argmax()), float(lost["planner"][-1].max())
             got, best = settings[taken["planner"][at]], settings[int(rate[:, at].argmax())]
@@ -156,26 +168,19 @@ def judge_choices(engine: Engine, model: ServingModel, measured: list[ServedCell
         "regret_worst": worst_lost,
         "worst": worst,
         "regret_tpot": mean["tpot"],
-        "nearest": mean["nearest"],
-        "batch_1": mean["batch_1"],
-        "no_capacity": mean["no_capacity"],
+        **{name: mean[name] for name in BASELINES},
     }
 
 
 def plan_seconds(num_candidates: int = 100_000) -> float:
-    """Seconds to evaluate that many (setting, concurrency, context) and choose at every load, the fit left out."""
+    """Seconds to evaluate that many (setting, concurrency, context), choose at every load and write the schedule; the fit left out."""
     engine = next(engine for engine in map(random_engine, range(100)) if len(engine.settings()) >= 20)
     model = fit_serving(engine.profile(measured_cells(engine), np.random.default_rng(0)))
-    settings, loads = engine.settings(), np.arange(1, 257)
-    contexts = np.geomspace(500, 32000, -(-num_candidates // (len(settings) * len(loads)))).astype(int)
-    index = {name: i for i, name in enumerate(model.drafters)}
+    contexts = np.geomspace(500, 32000, -(-num_candidates // (len(engine.settings()) * int(LOADS[-1])))).astype(int).tolist()
     start = time.perf_counter()
-    which, load, context = (axis.ravel() for axis in np.meshgrid(np.arange(len(settings)), loads, contexts, indexing="ij"))
-    drafter, draft_len = np.array([index[name] for name, _ in settings]), np.array([k for _, k in settings])
-    output = np.full(len(which), next(iter(engine.output_len.values())))
-    served = model.predict(Cells(drafter[which], draft_len[which], load, context, output))
-    served.output_tokens_per_s.reshape(len(settings), len(loads), len(contexts)).argmax(axis=0)
-    return (time.perf_counter() - start) * num_candidates / len(which)
+    about = {"profile_sha256": "0" * 64, "model": "synthetic", "system": "synthetic", "source": str(engine)}
+    schedule = make_schedule(EngineLoads(model, 512), Question(1, int(LOADS[-1]), contexts, "throughput"), **about)
+    return (time.perf_counter() - start) * num_candidates / schedule.num_candidates
 
 
 # Published tables. Qwen3-32B with Qwen3-1.7B, one stream, one 80 GB GPU (a public vLLM measurement): K, tokens per round,
@@ -316,7 +321,7 @@ def summary(judged: list[Judged]) -> dict[str, float]:
         "synthetic/truth_coverage": float(column("truth_coverage").mean()),
         "synthetic/half_width_median": float(np.median(column("half_width"))),
     }
-    for name in ("nearest", "batch_1", "no_capacity"):
+    for name in BASELINES:
         out[f"synthetic/regret_mean_{name}"] = float(column(name).mean())
         out[f"synthetic/regret_p95_{name}"] = float(np.quantile(column(name), 0.95))
         out[f"synthetic/planner_wins_over_{name}"] = float((column("regret") <= column(name)).mean())  # paired by engine
@@ -324,7 +329,7 @@ def summary(judged: list[Judged]) -> dict[str, float]:
 
 
 def rows_of(judged: list[Judged]) -> list[dict]:
-    shown = ("tpot_error", "bias", "throughput_error", "coverage", "half_width", "regret", "regret_worst", "nearest", "batch_1", "no_capacity")
+    shown = ("tpot_error", "bias", "throughput_error", "coverage", "half_width", "regret", "regret_worst", *BASELINES)
     return [
         {**{name.replace("_", " ") + " %": f"{100 * getattr(one, name):.1f}" for name in shown}, "worst choice": one.worst, "engine": one.name}
         for one in judged
