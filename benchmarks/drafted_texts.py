@@ -96,18 +96,16 @@ def simulate(drafted: Drafted, draft_len: np.ndarray, num_requests: np.ndarray, 
     request = rng.integers(NUM_REQUESTS, size=len(cell))
     limit, offset = draft_len[cell], np.zeros(len(cell), dtype=np.int64)
     size, width = len(draft_len), MAX_DRAFT_LEN + 1
-    started, tried, kept = np.zeros(size), np.zeros(size * width), np.zeros(size * width)
-    decay = np.append(drafted.decay, 0.0).astype(np.float32)
+    counts = np.zeros(size * width * 3, dtype=np.int64)  # of tokens by cell, offset and what became of them
+    accept, found = np.ascontiguousarray(drafted.accept.T, dtype=np.float32), np.ascontiguousarray(drafted.found.T)  # [T, R]
+    decay, place = np.append(drafted.decay, 0.0).astype(np.float32), cell * width
     for t in range(NUM_TOKENS):
-        starts = offset == 0
-        started += np.bincount(cell[starts], minlength=size)
-        trying = (offset < limit) & (drafted.found[request, t] | ~starts)
-        keeping = trying & (rng.random(len(cell), dtype=np.float32) < drafted.accept[request, t] * decay[offset])
-        slot = cell * width + offset
-        tried += np.bincount(slot[trying], minlength=size * width)
-        kept += np.bincount(slot[keeping], minlength=size * width)
-        offset = np.where(keeping, offset + 1, 0)
-    tried, kept = tried.reshape(size, width), kept.reshape(size, width)
+        trying = (offset < limit) & (found[t, request] | (offset > 0))
+        keeping = trying & (rng.random(len(cell), dtype=np.float32) < accept[t, request] * decay[offset])
+        counts += np.bincount((place + offset) * 3 + trying + keeping, minlength=len(counts))
+        offset = (offset + 1) * keeping
+    counts = counts.reshape(size, width, 3)
+    started, tried, kept = counts[:, 0].sum(axis=1), counts[:, :, 1:].sum(axis=2), counts[:, :, 2]
     out = []
     for i, k in enumerate(draft_len):
         seen = int((np.append(tried[i, :k], 0) == 0).argmax())  # positions that were tried at least once

@@ -104,16 +104,17 @@ def experts_s(m: np.ndarray, at: Placement) -> np.ndarray:
 
 def products_s(m: np.ndarray, at: Placement) -> np.ndarray:
     """[m] times of all matrix products of the layers, the head's left out."""
+    m, again = np.unique(m, return_inverse=True)  # graphs pad many batches to one width
     model, tp = at.model, at.tensor_parallel
     q, kv = model.num_heads * model.head_dim // tp, max(1, model.num_kv_heads // tp) * model.head_dim
     lump = at.lumps[:, np.searchsorted(LUMPS, m)]
     out = lump[0] * product_s(m, q + 2 * kv, model.hidden, at.gpu, at.weight_bytes)
     out += lump[1] * product_s(m, model.hidden, q, at.gpu, at.weight_bytes)
     if model.experts:
-        return model.num_layers * (out + lump[2] * experts_s(m, at))
+        return model.num_layers * (out + lump[2] * experts_s(m, at))[again]
     out += lump[2] * product_s(m, 2 * model.intermediate // tp, model.hidden, at.gpu, at.weight_bytes)
     out += lump[3] * product_s(m, model.hidden, model.intermediate // tp, at.gpu, at.weight_bytes)
-    return model.num_layers * out
+    return model.num_layers * out[again]
 
 
 def attention_s(batch: np.ndarray, rows: float, kv_len: float, at: Placement) -> np.ndarray:
