@@ -18,6 +18,7 @@ class Gpu(NamedTuple):
     bandwidth: float  # bytes/s
     flops: float  # per second, bf16, dense
     num_sms: int
+    attention_read: float  # share of the bandwidth that decode attention reaches; measured on A100, H100 and H200
     link: float  # bytes/s between two, each way
     max_tensor_parallel: int
 
@@ -27,12 +28,12 @@ class Gpu(NamedTuple):
 
 
 GPUS = (
-    Gpu("a100_40gb", 40, 1.555e12, 312e12, 108, 300e9, 8),
-    Gpu("a100_80gb", 80, 2.039e12, 312e12, 108, 300e9, 8),
-    Gpu("h100_sxm", 80, 3.352e12, 989e12, 132, 450e9, 8),
-    Gpu("h200_sxm", 141, 4.8e12, 989e12, 132, 450e9, 8),
-    Gpu("l40s", 48, 0.864e12, 362e12, 142, 25e9, 4),
-    Gpu("rtx_4090", 24, 1.008e12, 165e12, 128, 20e9, 2),
+    Gpu("a100_40gb", 40, 1.555e12, 312e12, 108, 0.72, 300e9, 8),
+    Gpu("a100_80gb", 80, 2.039e12, 312e12, 108, 0.72, 300e9, 8),
+    Gpu("h100_sxm", 80, 3.352e12, 989e12, 132, 0.85, 450e9, 8),
+    Gpu("h200_sxm", 141, 4.8e12, 989e12, 132, 0.85, 450e9, 8),
+    Gpu("l40s", 48, 0.864e12, 362e12, 142, 0.80, 25e9, 4),
+    Gpu("rtx_4090", 24, 1.008e12, 165e12, 128, 0.80, 20e9, 2),
 )
 
 
@@ -118,18 +119,25 @@ def products_s(m: np.ndarray, at: Placement) -> np.ndarray:
 
 
 def attention_s(batch: np.ndarray, rows: float, kv_len: float, at: Placement) -> np.ndarray:
-    """[batch] times of one layer's attention: `rows` new tokens of each request over kv_len keys, the KV split while SMs are free."""
+    """[batch] times of one layer's attention: `rows` new tokens of each request over kv_len keys.
+
+    Two thread blocks fit an SM and 70 % of the SMs draw the whole bandwidth; the KV is split where that fills them better.
+    """
     model, gpu = at.model, at.gpu
     kv_heads = max(1, model.num_kv_heads // at.tensor_parallel)
-    blocks = batch * kv_heads
-    splits = np.clip(np.floor(gpu.num_sms / blocks), 1, np.ceil(kv_len / 256))
-    waves = np.ceil(blocks * splits / gpu.num_sms)
-    busy = blocks * splits / (waves * gpu.num_sms)
     passes = np.ceil(rows * model.num_heads / model.num_kv_heads / 64)  # query tiles; later ones find most keys in the L2
     read = batch * kv_len * 2 * kv_heads * model.head_dim * at.kv_bytes * (1 + 0.3 * (passes - 1))
     read *= at.verify_read if rows > 1 else 1.0
-    read_s = read / (0.85 * gpu.bandwidth * np.minimum(1, busy / 0.7))
-    return 6e-6 + np.hypot(read_s, 3.4e-6 * np.ceil(blocks / gpu.num_sms))
+    stretch = np.full(len(batch), np.inf)
+    for splits in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
+        if splits > np.ceil(kv_len / 256):
+            break
+        blocks = batch * kv_heads * splits
+        last = blocks % (2 * gpu.num_sms)  # blocks of the last wave
+        tail = np.where(last > 0, np.maximum(last, 0.7 * gpu.num_sms), 0)
+        stretch = np.minimum(stretch, (blocks - last + tail) / blocks * (1 + 0.01 * (splits - 1)))
+    read_s = stretch * read / (gpu.attention_read * gpu.bandwidth)
+    return (6e-6 if gpu.attention_read > 0.8 else 12e-6) + np.hypot(read_s, 3.4e-6 * np.ceil(batch * kv_heads / gpu.num_sms))
 
 
 def all_reduce_s(m: np.ndarray, at: Placement) -> np.ndarray:
