@@ -22,7 +22,8 @@ from scipy.optimize import nnls
 import planner
 from planner.cost.serving import Cells, Served, ServingModel, fit_serving
 from planner.search.engine_loads import EngineLoads
-from planner.search.schedule import Question, choose, evaluate, make_schedule
+from planner.search.grid import Question, choose, evaluate
+from planner.search.schedule import make_schedule
 from planner.serving import OFF, ModelSize, ServedCell, ServingProfile, SystemSpec
 
 LOADS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256])  # where a choice is judged: each octave counts the same
@@ -130,12 +131,12 @@ def judge(seed: int, drawn: bool = False) -> Judged:
     )
 
 
-def scheduled(model: ServingModel, settings: list[tuple[str, int]], context: int, output_len: int, objective: str) -> np.ndarray:
-    """[loads] which of the settings the schedule's row for each load holds."""
+def scheduled(model: ServingModel, settings: list[tuple[str, int]], context: int, output_len: int) -> dict[str, np.ndarray]:
+    """By objective, [loads] which of the settings the schedule's row for each load holds."""
     loads = EngineLoads(model, output_len)
-    grid = evaluate(loads, Question(1, int(LOADS[-1]), [context], objective))
-    rows = choose(grid, grid.free, objective).chosen[0, LOADS - 1]
-    return np.array([settings.index((loads.settings[i].drafter, loads.settings[i].draft_len)) for i in rows])
+    grid = evaluate(loads, Question(1, int(LOADS[-1]), [context], "throughput"))
+    place = np.array([settings.index((setting.drafter, setting.draft_len)) for setting in loads.settings])
+    return {objective: place[choose(grid, [grid.free], objective)[0].chosen[0, LOADS - 1]] for objective in ("throughput", "tpot")}
 
 
 def judge_choices(engine: Engine, model: ServingModel, measured: list[ServedCell], rest: list[ServedCell]) -> dict:
@@ -148,19 +149,21 @@ def judge_choices(engine: Engine, model: ServingModel, measured: list[ServedCell
         rate = np.array([curve.requests_per_s[LOADS - 1] for curve in curves])  # [settings, loads]
         tpot = np.array([curve.round_s[LOADS - 1] / curve.tokens_per_round for curve in curves])
         column = np.arange(len(LOADS))
+        free = np.array([drafter == OFF or draft_len > 0 for drafter, draft_len in settings])  # idle starves the batch, which looks like TPOT
+        rows = scheduled(model, settings, context, output)
         taken = {
-            "planner": scheduled(model, settings, context, output, "throughput"),
+            "planner": rows["throughput"],
             "sweep": nearest_throughput(measured + rest, settings, context).argmax(axis=0),
             "nearest": nearest_throughput(measured, settings, context).argmax(axis=0),
             "no_capacity": capacity_blind_tpot(measured, settings, context).argmin(axis=0),
         }
         taken["batch_1"] = np.full(len(LOADS), taken["planner"][0])
         for name, choice in taken.items():
-            lost[name].append(1 - rate[choice, column] / rate.max(axis=0))
-        lost["tpot"].append(tpot[scheduled(model, settings, context, output, "tpot"), column] / tpot.min(axis=0) - 1)
+            lost[name].append(1 - rate[choice, column] / rate[free].max(axis=0))
+        lost["tpot"].append(tpot[rows["tpot"], column] / tpot[free].min(axis=0) - 1)
         if lost["planner"][-1].max() > worst_lost:
             at, worst_lost = int(lost["planner"][-1].argmax()), float(lost["planner"][-1].max())
-            got, best = settings[taken["planner"][at]], settings[int(rate[:, at].argmax())]
+            got, best = settings[taken["planner"][at]], settings[int(np.where(free, rate[:, at], 0).argmax())]
             worst = f"{got[0]} {got[1]} for {best[0]} {best[1]} at {LOADS[at]} x {context}"
     mean = {name: float(np.mean(values)) for name, values in lost.items()}
     return {
