@@ -176,14 +176,14 @@ def judge_choices(engine: Engine, model: ServingModel, measured: list[ServedCell
 
 
 def plan_seconds(num_candidates: int = 100_000) -> float:
-    """Seconds to evaluate that many (setting, concurrency, context), choose at every load and write the schedule; the fit left out."""
+    """Seconds per 100,000 candidates to evaluate so many, choose at every load and write the schedule; the fit left out."""
     engine = next(engine for engine in map(random_engine, range(100)) if len(engine.settings()) >= 20)
     model = fit_serving(engine.profile(measured_cells(engine), np.random.default_rng(0)))
     contexts = np.geomspace(500, 32000, -(-num_candidates // (len(engine.settings()) * int(LOADS[-1])))).astype(int).tolist()
     start = time.perf_counter()
     about = {"profile_sha256": "0" * 64, "model": "synthetic", "system": "synthetic", "source": str(engine)}
     schedule = make_schedule(EngineLoads(model, 512), Question(1, int(LOADS[-1]), contexts, "throughput"), **about)
-    return (time.perf_counter() - start) * num_candidates / schedule.num_candidates
+    return (time.perf_counter() - start) * 100_000 / schedule.num_candidates
 
 
 # Published tables. Qwen3-32B with Qwen3-1.7B, one stream, one 80 GB GPU (a public vLLM measurement): K, tokens per round,
