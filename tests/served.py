@@ -48,7 +48,7 @@ def served_profile(
         running = min(concurrency, (capacity or {}).get(name, np.inf))
         tokens = tokens_of(accept[name], k) if k else 1.0
         itl = round_s(running, k) * (1 + idle_tax * (name != OFF and k == 0)) * float(np.exp(noise * rng.standard_normal()))
-        own = dict(itl_s=itl, tokens_per_round=tokens if k else None, acceptance=[accept.get(name, 0.0)] * k) if acceptance else {}
+        own = {"itl_s": itl, "tokens_per_round": tokens if k else None, "acceptance": [accept.get(name, 0.0)] * k} if acceptance else {}
         return ServedCell(
             drafter=name, draft_len=k, concurrency=concurrency, context_len=context, output_len=OUTPUT, tpot_s=itl / tokens,
             output_tokens_per_s=running * tokens / itl if throughput else None, **(own | changes),

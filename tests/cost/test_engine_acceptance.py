@@ -25,7 +25,7 @@ def rounds_of(easy, hard, hard_share, persistence, draft_len, tokens=200_000, se
 
 
 def theta_of(easy, hard, hard_share, persistence):
-    logit = lambda p: np.log(p / (1 - p))  # noqa: E731
+    logit = lambda p: np.log(p / (1 - p))
     return np.array([logit(easy), logit(hard), logit(hard_share), logit(persistence), 0.0, 0.0])
 
 

@@ -14,7 +14,9 @@ Z90 = 1.645
 def ask(model, *cells, context=CONTEXT):
     """[(drafter, draft_len, concurrency)] -> Cells"""
     drafter, draft_len, concurrency = zip(*cells, strict=True)
-    return Cells(np.array([model.drafters.index(d) for d in drafter]), np.array(draft_len), np.array(concurrency), np.array([context]), np.array([OUTPUT]))
+    return Cells(
+        np.array([model.drafters.index(d) for d in drafter]), np.array(draft_len), np.array(concurrency), np.array([context]), np.array([OUTPUT])
+    )
 
 
 UNSEEN = [("eagle3", k, c) for k in (2, 6, 7) for c in (2, 8, 48, 200)]
