@@ -16,6 +16,8 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.special import expit
 
+from planner.cost.running_batch import distinct
+
 PRIOR_MEAN = np.array(
     [2.2, 0.0, 0.0, 0.5, 0.05, 0.0]
 )  # logit accept easy, logit accept hard, logit share of hard, logit persistence, decay, slope in log context
@@ -53,11 +55,11 @@ class AcceptanceCurve:
 
     def predict(self, draft_len: np.ndarray, context_len: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens per round [n] and the standard deviation of their logarithm [n]."""
-        pairs, where = np.unique(np.stack([draft_len, context_len]), axis=1, return_inverse=True)
+        pairs, where = distinct(draft_len, context_len)
         cross = self._kernel(*pairs, self._draft_len, self._context_len)
         mean = np.clip(np.exp(np.log(self._mixture(*pairs)) + cross @ self._weights), 1.0, pairs[0] + 1.0)
         sd = np.sqrt(np.maximum(self.covariance(*pairs, *pairs), 0.0))
-        return mean[where.ravel()], sd[where.ravel()]
+        return mean[where], sd[where]
 
     def covariance(self, k: np.ndarray, context: np.ndarray, other_k: np.ndarray, other_context: np.ndarray) -> np.ndarray:
         """[n] of the logarithms of tokens per round in two cells, pair by pair."""

@@ -18,9 +18,10 @@ from scipy.optimize import least_squares, nnls
 from planner.cost.capacity import request_capacity
 from planner.serving import OFF, ServingProfile
 
-SHARPNESS = 12  # of the smooth minimum: at the corner the batch is 6 % below both
+SHARPNESS = 30  # of the smooth minimum: at the corner the batch is 2 % below both
 COMMON_SD, OWN_SD = 0.15, 0.06  # of the logarithm of capacity: the engine's reserve, which all drafters share, and each drafter's own
 UNSIZED_SD = 1.0  # the same, of a drafter whose size nobody gave
+LIMIT_COST = 2.0  # of explaining a lag by a limit of requests and not by memory, in units of half a squared deviation
 NOISE = 0.02  # of a measured running batch
 LEAST_CAPACITY = 0.8  # requests; the byte count may be that wrong about the one that does run
 
@@ -41,6 +42,7 @@ class RunningBatch:
         self._mean_context = float(np.mean(cells.context_len))
         self._outside_s = np.zeros(2)  # seconds outside of decoding: a floor, and per request in the system; at the mean context
         self._correction = np.zeros(1 + len(drafters))  # of the logarithm of capacity: of all, and of each
+        self._most = np.inf  # requests that the engine lets run, whatever the memory
         self._sd = np.full(len(drafters), np.hypot(COMMON_SD, OWN_SD))
         self._first_s = None
         if (known := np.isfinite(throughput)).any():
@@ -50,59 +52,64 @@ class RunningBatch:
 
     def capacity(self, cells) -> np.ndarray:
         """[n] requests that memory holds side by side; below LEAST_CAPACITY the drafter does not fit."""
-        return self._capacity(cells, self._correction)
+        return np.minimum(self._counted_capacity(cells) * self._factor(cells, self._correction), self._most)
 
-    def predict(self, cells, tpot_s: np.ndarray) -> Load:
-        """[n] at these times per token."""
-        running, weight = self._running(cells, tpot_s, self._outside_s, self.capacity(cells))
+    def running(self, cells, tpot_s: np.ndarray, capacity: np.ndarray) -> np.ndarray:
+        """[n] requests that decode at once, at these times per token."""
+        return self._running(cells, tpot_s, self._outside_s, capacity)[0]
+
+    def predict(self, cells, tpot_s: np.ndarray, capacity: np.ndarray) -> Load:
+        """[n] the same, and what comes of it."""
+        running, weight = self._running(cells, tpot_s, self._outside_s, capacity)
         waiting = self._waiting_s(cells, tpot_s, running)
-        first = np.nan if self._first_s is None else self._first_terms(cells) @ self._first_s
+        first = np.nan if self._first_s is None else self._first_terms(cells, capacity) @ self._first_s
         return Load(running, first + waiting, np.hypot(weight * self._sd[cells.drafter], NOISE / 2))
 
     def _fit(self, cells, tpot_s: np.ndarray, throughput: np.ndarray) -> None:
+        """Least squares over: two numbers of the time outside of decoding, the most requests, and the corrections of capacity."""
         measured = np.log(np.clip(throughput * tpot_s, 1e-3, cells.concurrency))
-        decoding_s = float(np.median(cells.output_len * tpot_s))
+        counted, decoding_s = self._counted_capacity(cells), float(np.median(cells.output_len * tpot_s))
         known = [name == OFF or name in self._profile.drafters for name in self._drafters]
         spread = np.array([COMMON_SD, *(OWN_SD if sized else UNSIZED_SD for sized in known)])
 
         def residuals(theta: np.ndarray) -> np.ndarray:
-            running, _ = self._running(cells, tpot_s, theta[:2] * decoding_s, self._capacity(cells, theta[2:]))
-            doubt = np.square(theta[2:] / spread)
-            return np.concatenate([(np.log(running) - measured) / NOISE, np.sqrt(2 * np.sqrt(1 + doubt) - 2), theta[:2] * [1, 100]])
+            capacity = np.minimum(counted * self._factor(cells, theta[3:]), np.exp(theta[2]))
+            running, _ = self._running(cells, tpot_s, theta[:2] * decoding_s, capacity)
+            doubt = 2 * np.sqrt(1 + np.square(theta[3:] / spread)) - 2  # grows linearly: a byte count may be quite wrong
+            return np.concatenate([(np.log(running) - measured) / NOISE, np.sqrt(doubt), theta[:2] * [1, 100]])
 
-        lagging = self._lagging(cells, measured)  # far from the truth the batch does not depend on the capacity: start near it
-        found = min(
-            (least_squares(residuals, [0.02, 0.0002, 0.0, *own], bounds=([0, 0] + [-9] * len(spread), [100, 10] + [9] * len(spread)), max_nfev=200)
-             for own in (np.zeros(len(lagging)), lagging)),
-            key=lambda fit: fit.cost,
-        )  # fmt: skip
-        self._outside_s, self._correction = found.x[:2] * decoding_s, found.x[2:]
-        jacobian = np.vstack(
-            [
-                found.jac[: len(measured)],
-                np.hstack([np.zeros((len(spread), 2)), np.diag(1 / spread)]),
-                np.diag([1.0, 100.0] + [0.0] * len(spread))[:2],
-            ]
-        )
-        covariance = np.linalg.pinv(jacobian.T @ jacobian)[2:, 2:]
+        def fit(log_most: float, own: np.ndarray):
+            start = [0.02, 0.0002, log_most, 0.0, *own]
+            bounds = [0, 0, 0, *([-9] * len(spread))], [100, 10, 30, *([9] * len(spread))]
+            return least_squares(residuals, start, bounds=bounds, max_nfev=200)
+
+        # Far from the truth the batch depends neither on a capacity nor on a limit of requests: start near either.
+        lagging, unlimited = self._lagging(cells, measured, counted), 20.0
+        none = np.zeros_like(lagging)
+        fits = [(fit(unlimited, none), 0.0), (fit(unlimited, lagging), 0.0), (fit(float(measured.max()), none), LIMIT_COST)]
+        found = min(fits, key=lambda one: one[0].cost + one[1])[0]
+        self._outside_s, self._most, self._correction = found.x[:2] * decoding_s, float(np.exp(found.x[2])), found.x[3:]
+        slopes = np.vstack([found.jac[: len(measured)], np.diag(np.concatenate([[1, 100, 0.1], 1 / spread]))])
+        covariance = np.linalg.inv(slopes.T @ slopes)[3:, 3:]
         own = np.arange(1, len(spread))
         self._sd = np.sqrt(np.maximum(covariance[0, 0] + covariance[own, own] + 2 * covariance[0, own], 0.0))
 
-    def _lagging(self, cells, measured: np.ndarray) -> np.ndarray:
+    def _lagging(self, cells, measured: np.ndarray, counted: np.ndarray) -> np.ndarray:
         """[drafters] logarithm of the largest measured batch over the counted capacity, where no larger one ran at a higher load; else 0."""
-        counted, start = np.log(np.maximum(self._counted_capacity(cells), LEAST_CAPACITY)), np.zeros(len(self._drafters))
+        start = np.zeros(len(self._drafters))
         for drafter in np.unique(cells.drafter):
             own = np.flatnonzero(cells.drafter == drafter)
             top = own[np.argmax(measured[own])]
             if measured[top] < np.log(0.9 * cells.concurrency[own].max()):
-                start[drafter] = measured[top] - counted[top]
+                start[drafter] = measured[top] - np.log(max(counted[top], LEAST_CAPACITY))
         return start
 
     def _fit_first(self, cells, tpot_s: np.ndarray, ttft_s: np.ndarray) -> None:
         """Seconds to the first token where memory does not let a request wait: a floor, and a part that grows with the load."""
-        running, _ = self._running(cells, tpot_s, self._outside_s, self.capacity(cells))
+        capacity = self.capacity(cells)
+        running = self.running(cells, tpot_s, capacity)
         own = np.maximum(ttft_s - self._waiting_s(cells, tpot_s, running), 0.1 * ttft_s)
-        self._first_s = nnls(self._first_terms(cells) / own[:, None], np.ones(len(own)))[0]
+        self._first_s = nnls(self._first_terms(cells, capacity) / own[:, None], np.ones(len(own)))[0]
 
     def _running(self, cells, tpot_s: np.ndarray, outside_s: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n] requests, and how far the capacity decides them, in [0, 1]."""
@@ -119,17 +126,18 @@ class RunningBatch:
         waiting = np.maximum(cells.concurrency - running / self._decoding_share(cells, tpot_s, self._outside_s), 0.0)
         return waiting * cells.output_len * tpot_s / running
 
-    def _first_terms(self, cells) -> np.ndarray:
+    def _first_terms(self, cells, capacity: np.ndarray) -> np.ndarray:
         prompt = cells.context_len / self._mean_context
-        return np.stack([prompt, prompt * np.minimum(cells.concurrency, self.capacity(cells))], axis=1)
+        return np.stack([prompt, prompt * np.minimum(cells.concurrency, capacity)], axis=1)
 
-    def _capacity(self, cells, correction: np.ndarray) -> np.ndarray:
-        return self._counted_capacity(cells) * np.exp(correction[0] + correction[1 + cells.drafter])
+    @staticmethod
+    def _factor(cells, correction: np.ndarray) -> np.ndarray:
+        return np.exp(correction[0] + correction[1 + cells.drafter])
 
     def _counted_capacity(self, cells) -> np.ndarray:
         """[n] by bytes alone. A drafter of unknown size takes none."""
-        kinds, where = np.unique(np.stack([cells.drafter, cells.draft_len, cells.context_len, cells.output_len]), axis=1, return_inverse=True)
-        return np.array([self._count(*map(int, kind)) for kind in kinds.T])[where.ravel()]
+        kinds, where = distinct(cells.drafter, cells.draft_len, cells.context_len, cells.output_len)
+        return np.array([self._count(*map(int, kind)) for kind in zip(*kinds, strict=True)])[where]
 
     def _count(self, drafter: int, draft_len: int, context_len: int, output_len: int) -> float:
         key = drafter, draft_len, context_len, output_len
@@ -139,6 +147,16 @@ class RunningBatch:
                 context_len=context_len, output_len=output_len, draft_len=draft_len,
             )  # fmt: skip
         return self._counted[key]
+
+
+def distinct(*columns: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """The distinct rows of columns [n] as shorter columns, and [n] which of them each row is: np.unique along an axis, but quick."""
+    key = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        _, ranks = np.unique(column, return_inverse=True)
+        _, key = np.unique(key * (int(ranks.max(initial=0)) + 1) + ranks, return_inverse=True)
+    _, first = np.unique(key, return_index=True)
+    return [column[first] for column in columns], key
 
 
 def _pick(cells, which: np.ndarray):

@@ -9,6 +9,7 @@ uncertainty of a prediction. Steps of matrix tiles and of graph buckets are its 
 n  cells asked for      m  cells measured      F  terms of the law
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,11 +17,13 @@ from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize, nnls
 
 HINGES = (64, 128, 256, 512)  # tokens of a pass, from where on computing costs more: tile sizes, and what makes a pass compute-bound
+FILLS = (16, 64)  # tokens of a pass within which a cost saturates: experts of a mixture are read by a few tokens already, as all of them by many
 DRAFT_HINGE = 128  # requests, the same for a drafter's pass over one token of each
 IDLE_TAX, IDLE_TAX_SD = 0.12, 0.05  # an idle drafter that nobody measured: 7 to 22 % were seen on an H100
 IDLE_CELL_SD = 0.03  # of a cell that was measured: the tax is not quite the same at every load
 OUTLIER = 4.0  # standard deviations, beyond which a cell counts no more
 STEP_SD = 0.017  # steps between the measured cells that no cell of a dozen shows
+LEAST_TERM = 0.1  # a hinge that the cells hardly pass says nothing; other terms are far larger wherever they are
 FOLDS = 30
 PRIOR_CELLS, PRIOR_WIDTH = 8, 1.2  # so many cells that missed by so many standard deviations are added to those that calibrate
 
@@ -54,7 +57,8 @@ class StepTime:
         self._log_tax, self._tax_sd = np.full(num_drafters, np.log1p(IDLE_TAX)), np.full(num_drafters, IDLE_TAX_SD)
         self._log_tax[0] = self._tax_sd[0] = 0.0
         terms = self._terms(cells, running, tokens_per_round) * self._idle_tax(cells)[:, None]
-        self._seen = terms.max(0) > 0
+        self._seen = terms.max(0) > LEAST_TERM
+        terms = np.where(self._seen, terms, 0.0)
         self._unit = np.where(self._seen, terms.max(0), 1.0)
         shares = terms / self._unit / round_s[:, None]
         weight = np.where(idle & np.any(~idle & (cells.draft_len == 0)), 0.1, 1.0)  # an idle drafter says little about off where that was measured
@@ -72,7 +76,8 @@ class StepTime:
 
     def law(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> np.ndarray:
         """[n] seconds by the physical law alone."""
-        seconds = self._terms(cells, running, tokens_per_round) / self._unit @ self._coefficients
+        terms = self._each_term(cells, running, tokens_per_round)
+        seconds = sum(self._coefficients[f] / self._unit[f] * terms[f]() for f in np.flatnonzero(self._coefficients))
         return np.maximum(seconds, 1e-9) * self._idle_tax(cells)
 
     def predict(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,18 +105,37 @@ class StepTime:
         return np.clip(np.log(more) / np.log(1.05), 0.0, 1.0)
 
     def _terms(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> np.ndarray:
-        """[n, F] what the law is a sum of, up to factors: the target's part first, then each drafter's."""
-        one = np.ones(len(running))
-        k, drafting = cells.draft_len, cells.draft_len > 0
+        """[n, F] every term of the law, up to factors."""
+        return np.stack([term() for term in self._each_term(cells, running, tokens_per_round)], axis=1).astype(float)
+
+    def _each_term(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> list[Callable[[], np.ndarray]]:
+        """Of the target first, then of each drafter. Functions: a fit leaves most terms at zero, and those need not be computed."""
+        k = cells.draft_len
         rows = running * (k + 1)  # tokens that the target's pass computes
         cache = running * (cells.context_len + cells.output_len / 2)  # tokens that it reads
-        columns = [one, running, rows, np.sqrt(rows), *(np.maximum(rows - hinge, 0) for hinge in HINGES), cache, cache * k]
-        columns.append(running * tokens_per_round * cells.context_len / cells.output_len)  # prompt tokens read in a round's time
+        others = np.maximum(running - 1, 0)  # nobody waits for a prompt of his own between two tokens
+        terms = [
+            lambda: np.ones(len(running)),
+            lambda: running,
+            lambda: rows,
+            *(lambda fill=fill: -np.expm1(-rows / fill) for fill in FILLS),
+            *(lambda hinge=hinge: np.maximum(rows - hinge, 0) / hinge for hinge in HINGES),
+            lambda: cache,
+            lambda: cache * k,
+            lambda: others * tokens_per_round * cells.context_len / cells.output_len,  # prompt tokens read during a round
+        ]
         for drafter in range(1, self._num_drafters):
-            mine = cells.drafter == drafter
-            steps, active = mine * k, mine & drafting
-            columns += [active, active * running, steps, steps * running, steps * np.maximum(running - DRAFT_HINGE, 0), steps * cache]
-        return np.stack(columns, axis=1).astype(float)
+            steps = np.where(cells.drafter == drafter, k, 0)
+            active = steps > 0
+            terms += [
+                lambda active=active: active,
+                lambda active=active: active * running,
+                lambda steps=steps: steps,
+                lambda steps=steps: steps * running,
+                lambda steps=steps: steps * np.maximum(running - DRAFT_HINGE, 0) / DRAFT_HINGE,
+                lambda steps=steps: steps * cache,
+            ]
+        return terms
 
     def _place(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> At:
         shares = self._terms(cells, running, tokens_per_round) / self._unit / self.law(cells, running, tokens_per_round)[:, None]
