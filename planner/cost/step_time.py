@@ -17,15 +17,17 @@ from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize, nnls
 
 HINGES = (64, 128, 256, 512)  # tokens of a pass, from where on computing costs more: tile sizes, and what makes a pass compute-bound
+TILE = 128
+GRAPHS = 512  # tokens of the largest captured pass
 FILLS = (16, 64)  # tokens of a pass within which a cost saturates: experts of a mixture are read by a few tokens already, as all of them by many
 DRAFT_HINGE = 128  # requests, the same for a drafter's pass over one token of each
 IDLE_TAX, IDLE_TAX_SD = 0.12, 0.05  # an idle drafter that nobody measured: 7 to 22 % were seen on an H100
 IDLE_CELL_SD = 0.03  # of a cell that was measured: the tax is not quite the same at every load
 OUTLIER = 4.0  # standard deviations, beyond which a cell counts no more
-STEP_SD = 0.017  # steps between the measured cells that no cell of a dozen shows
+STEP_SD = 0.013  # steps between the measured cells that no cell of a dozen shows
 LEAST_TERM = 0.1  # a hinge that the cells hardly pass says nothing; other terms are far larger wherever they are
 FOLDS = 30
-PRIOR_CELLS, PRIOR_WIDTH = 8, 1.2  # so many cells that missed by so many standard deviations are added to those that calibrate
+PRIOR_CELLS, PRIOR_WIDTH = 8, 1.1  # so many cells that missed by so many standard deviations are added to those that calibrate
 
 # Hyperparameters, as medians and standard deviations of their logarithms.
 HYPER = {
@@ -36,6 +38,12 @@ HYPER = {
     "length": (2.0, 0.4),  # doublings over which a correction stays the same
     "draft_length": (1.2, 0.4),  # the same, of draft_len + 1
 }
+
+
+def graph_size(rows: np.ndarray) -> np.ndarray:
+    """[n] tokens of the captured pass that `rows` are padded to, as vLLM and SGLang capture them: 1, 2, 4, then multiples of 8; none above GRAPHS."""
+    small = np.exp2(np.ceil(np.log2(np.maximum(rows, 1) - 1e-6)))
+    return np.where(rows > GRAPHS, rows, np.where(rows <= 4, small, 8 * np.ceil(rows / 8 - 1e-6)))
 
 
 class At(NamedTuple):
@@ -113,12 +121,16 @@ class StepTime:
         k = cells.draft_len
         rows = running * (k + 1)  # tokens that the target's pass computes
         cache = running * (cells.context_len + cells.output_len / 2)  # tokens that it reads
+        padded = graph_size(rows)
         others = np.maximum(running - 1, 0)  # nobody waits for a prompt of his own between two tokens
         terms = [
             lambda: np.ones(len(running)),
             lambda: running,
             lambda: rows,
-            *(lambda fill=fill: -np.expm1(-rows / fill) for fill in FILLS),
+            lambda: padded,
+            lambda: graph_size(running) * (k + 1),
+            lambda: np.maximum(np.ceil(padded / TILE - 1e-6) - 1, 0),
+            *(lambda fill=fill: -np.expm1(-padded / fill) for fill in FILLS),
             *(lambda hinge=hinge: np.maximum(rows - hinge, 0) / hinge for hinge in HINGES),
             lambda: cache,
             lambda: cache * k,
