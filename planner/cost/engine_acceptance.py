@@ -47,6 +47,7 @@ class AcceptanceCurve:
         self._context_len = np.array([row.context_len for row in rows], dtype=int)
         self._mean_log_context = float(np.mean(np.log(self._context_len))) if rows else 0.0
         self._theta = self._fit(rows, noise)
+        self._known: dict[tuple[int, int], float] = {}  # tokens per round by the mixture
         measured = np.log([row.tokens_per_round for row in rows])
         variance = noise**2 / np.array([row.repeats for row in rows])
         kernel = self._kernel(self._draft_len, self._context_len, self._draft_len, self._context_len)
@@ -85,8 +86,13 @@ class AcceptanceCurve:
         return least_squares(residuals, PRIOR_MEAN, max_nfev=60).x
 
     def _mixture(self, draft_len: np.ndarray, context_len: np.ndarray) -> np.ndarray:
-        log_context = np.log(context_len) - self._mean_log_context
-        return np.array([1.0 + _survival(self._theta, int(k), at).sum() for k, at in zip(draft_len, log_context, strict=True)])
+        return np.array([self._expected(int(k), int(context)) for k, context in zip(draft_len, context_len, strict=True)])
+
+    def _expected(self, draft_len: int, context_len: int) -> float:
+        key = draft_len, context_len
+        if key not in self._known:
+            self._known[key] = 1.0 + float(_survival(self._theta, draft_len, np.log(context_len) - self._mean_log_context).sum())
+        return self._known[key]
 
     @staticmethod
     def _kernel(k: np.ndarray, context: np.ndarray, other_k: np.ndarray, other_context: np.ndarray) -> np.ndarray:

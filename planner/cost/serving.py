@@ -46,8 +46,6 @@ class Served(NamedTuple):
     running: np.ndarray  # [n] requests that decode at once
     output_tokens_per_s: np.ndarray  # [n] of all requests together
     ttft_s: np.ndarray  # [n] queueing included; nan where none was measured
-    growth: np.ndarray  # [n] in [0, 1], how many percent a round takes longer for a percent more running
-    sd_running: np.ndarray  # [n]
     sd_round: np.ndarray  # [n]
     sd_tokens: np.ndarray  # [n] 0 where no acceptance was measured: how a time per token splits into rounds and tokens is assumed there
     sd_tpot: np.ndarray  # [n]
@@ -84,19 +82,14 @@ class ServingModel:
     def predict(self, cells: Cells) -> Served:
         """Every cell at once; 100,000 take less than a second."""
         cells = _broadcast(cells)
-        tokens, sd_tokens = self._tokens_per_round(cells)
-        capacity = self._running.capacity(cells)
-        running = np.minimum(cells.concurrency, np.maximum(capacity, LEAST_CAPACITY)).astype(float)
-        for _ in range(FIXED_POINT_STEPS):  # the law of times alone, without its correction: it is all that moves the batch
-            running = self._running.running(cells, self._steps.law(cells, running, tokens) / tokens, capacity)
+        tokens, sd_tokens, capacity, running = self._settled(cells)
         round_s, sd_round = self._steps.predict(cells, running, tokens)
         tpot_s = round_s / tokens
         load = self._running.predict(cells, tpot_s, capacity)
         growth = self._steps.elasticity(cells, running, tokens)
         return Served(
             round_s=round_s, tokens_per_round=tokens, tpot_s=tpot_s, running=load.running, output_tokens_per_s=load.running / tpot_s,
-            ttft_s=load.ttft_s, growth=growth, sd_running=load.sd,
-            sd_round=np.hypot(sd_round, growth * load.sd), sd_tokens=sd_tokens,
+            ttft_s=load.ttft_s, sd_round=np.hypot(sd_round, growth * load.sd), sd_tokens=sd_tokens,
             sd_tpot=np.sqrt(sd_round**2 + sd_tokens**2 + (growth * load.sd) ** 2),
             sd_throughput=np.sqrt(sd_round**2 + sd_tokens**2 + ((1 - growth) * load.sd) ** 2),
             fits=capacity >= LEAST_CAPACITY, extrapolated=self._extrapolated(cells),
@@ -104,13 +97,26 @@ class ServingModel:
 
     def ratio_sd(self, a: Cells, b: Cells, of: str = "throughput") -> np.ndarray:
         """[n] standard deviation of the logarithm of the ratio of two cells' `of` (tpot or throughput): what both share cancels."""
-        pair = _broadcast(a), _broadcast(b)
-        found = [self.predict(cells) for cells in pair]
-        steps = self._steps.difference_sd(*((cells, own.running, own.tokens_per_round) for cells, own in zip(pair, found, strict=True)))
-        tokens = self._tokens_difference_variance(*pair, *(own.sd_tokens for own in found))
-        moved = [(own.growth if of == "tpot" else 1 - own.growth) * own.sd_running for own in found]
-        running = np.where(pair[0].drafter == pair[1].drafter, np.abs(moved[0] - moved[1]), np.hypot(*moved))
-        return np.sqrt(steps**2 + tokens + running**2)
+        a, b = _broadcast(a), _broadcast(b)
+        at, sd_tokens, moved = [], [], []
+        for cells in (a, b):
+            tokens, sd, capacity, running = self._settled(cells)
+            growth = self._steps.elasticity(cells, running, tokens)
+            load = self._running.predict(cells, self._steps.law(cells, running, tokens) / tokens, capacity)
+            at.append((cells, running, tokens))
+            sd_tokens.append(sd)
+            moved.append((growth if of == "tpot" else 1 - growth) * load.sd)
+        variance = self._steps.difference_sd(*at) ** 2 + self._tokens_difference_variance(a, b, *sd_tokens)
+        return np.sqrt(variance + np.where(a.drafter == b.drafter, np.abs(moved[0] - moved[1]), np.hypot(*moved)) ** 2)
+
+    def _settled(self, cells: Cells) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """[n] each: tokens per round and their deviation, the requests that memory holds, and those that run."""
+        tokens, sd_tokens = self._tokens_per_round(cells)
+        capacity = self._running.capacity(cells)
+        running = np.minimum(cells.concurrency, np.maximum(capacity, LEAST_CAPACITY)).astype(float)
+        for _ in range(FIXED_POINT_STEPS):  # the law of times alone, without its correction: it is all that moves the batch
+            running = self._running.running(cells, self._steps.law(cells, running, tokens) / tokens, capacity)
+        return tokens, sd_tokens, capacity, running
 
     def _tokens_per_round(self, cells: Cells) -> tuple[np.ndarray, np.ndarray]:
         """[n] and the standard deviation of their logarithm [n]; exactly 1 where nothing is drafted."""

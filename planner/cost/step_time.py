@@ -24,8 +24,10 @@ DRAFT_HINGE = 128  # requests, the same for a drafter's pass over one token of e
 IDLE_TAX, IDLE_TAX_SD = 0.12, 0.05  # an idle drafter that nobody measured: 7 to 22 % were seen on an H100
 IDLE_CELL_SD = 0.03  # of a cell that was measured: the tax is not quite the same at every load
 OUTLIER = 4.0  # standard deviations, beyond which a cell counts no more
-STEP_SD = 0.013  # steps between the measured cells that no cell of a dozen shows
+STEP_SD = 0.014  # steps between the measured cells that no cell of a dozen shows
 LEAST_TERM = 0.1  # a hinge that the cells hardly pass says nothing; other terms are far larger wherever they are
+STEPPED = (3, 4, 5, 6)  # terms of the law that know graphs and tiles, left out where cells are predicted as well without
+SIMPLER, OUTLYING = 1.05, 0.2
 FOLDS = 30
 PRIOR_CELLS, PRIOR_WIDTH = 8, 1.1  # so many cells that missed by so many standard deviations are added to those that calibrate
 
@@ -40,20 +42,24 @@ HYPER = {
 }
 
 
-def graph_size(rows: np.ndarray) -> np.ndarray:
-    """[n] tokens of the captured pass that `rows` are padded to, as vLLM and SGLang capture them: 1, 2, 4, then multiples of 8; none above GRAPHS."""
-    small = np.exp2(np.ceil(np.log2(np.maximum(rows, 1) - 1e-6)))
-    return np.where(rows > GRAPHS, rows, np.where(rows <= 4, small, 8 * np.ceil(rows / 8 - 1e-6)))
+def graph_size(running: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[n] requests that a captured pass over `rows` tokens of each holds, `running` of them real.
+
+    vLLM captures passes of 1, 2, 4 and multiples of 8 tokens, each rounded up to whole requests; above GRAPHS nothing is padded.
+    """
+    least = np.maximum(running - 1, 0) * rows + 1  # a pass of fewer tokens has not room for all
+    size = np.where(least <= 4, np.exp2(np.ceil(np.log2(least) - 1e-6)), 8 * np.ceil(least / 8 - 1e-6))
+    return np.where(running * rows > GRAPHS, running, np.maximum(running, np.ceil(size / rows - 1e-6)))
 
 
 class At(NamedTuple):
     """Where a round's time is asked for."""
 
     drafter: np.ndarray  # [n]
-    draft_len: np.ndarray  # [n]
-    running: np.ndarray  # [n]
-    context: np.ndarray  # [n] mean tokens of a request's cache
-    terms: np.ndarray  # [n, F] terms of the law, as shares of the round's time
+    running: np.ndarray  # [n] in doublings, as the next two
+    context: np.ndarray  # [n]
+    drafts: np.ndarray  # [n] of draft_len + 1
+    terms: np.ndarray  # [terms that the cells show, n] as shares of the round's time, 1 where they weighed most
 
 
 class StepTime:
@@ -66,10 +72,13 @@ class StepTime:
         self._log_tax[0] = self._tax_sd[0] = 0.0
         terms = self._terms(cells, running, tokens_per_round) * self._idle_tax(cells)[:, None]
         self._seen = terms.max(0) > LEAST_TERM
+        self._stepped = np.isin(np.arange(terms.shape[1]), STEPPED)
         terms = np.where(self._seen, terms, 0.0)
         self._unit = np.where(self._seen, terms.max(0), 1.0)
         shares = terms / self._unit / round_s[:, None]
         weight = np.where(idle & np.any(~idle & (cells.draft_len == 0)), 0.1, 1.0)  # an idle drafter says little about off where that was measured
+        if _missed(np.where(self._stepped, 0.0, shares), weight) < SIMPLER * _missed(shares, weight):
+            self._seen, shares = self._seen & ~self._stepped, np.where(self._stepped, 0.0, shares)
         self._coefficients = nnls(shares * weight[:, None], weight)[0]
         for drafter in np.unique(cells.drafter[idle]):
             self._learn_tax(drafter, np.log(round_s / self.law(cells, running, tokens_per_round))[idle & (cells.drafter == drafter)])
@@ -92,7 +101,7 @@ class StepTime:
         """[n] seconds, and the standard deviation of a fresh measurement's logarithm [n]."""
         at = self._place(cells, running, tokens_per_round)
         cross = self._kernel(at, self._at, self._hyper)
-        explained = solve_triangular(self._factor, cross.T, lower=True)  # [m, n]
+        explained = solve_triangular(self._factor, cross.T, lower=True, check_finite=False)  # [m, n]
         variance = self._own_variance(at, self._hyper) - np.einsum("mn,mn->n", explained, explained)
         sd = np.hypot(self._widen * np.sqrt(np.maximum(variance, 0.0) + self._hyper["noise"] ** 2), STEP_SD)
         seconds = self.law(cells, running, tokens_per_round) * np.exp(cross @ self._weights)
@@ -101,7 +110,7 @@ class StepTime:
     def difference_sd(self, a: tuple, b: tuple) -> np.ndarray:
         """[n] standard deviation of the logarithm of the ratio of two rounds, each (cells, running, tokens_per_round)."""
         places = [self._place(*one) for one in (a, b)]
-        explained = [solve_triangular(self._factor, self._kernel(at, self._at, self._hyper).T, lower=True) for at in places]
+        explained = [solve_triangular(self._factor, self._kernel(at, self._at, self._hyper).T, lower=True, check_finite=False) for at in places]
         moved = explained[0] - explained[1]
         variance = sum(self._own_variance(at, self._hyper) for at in places) - 2 * self._pairwise(*places, self._hyper)
         variance = np.maximum(variance - np.einsum("mn,mn->n", moved, moved), 0.0) + 2 * self._hyper["noise"] ** 2
@@ -109,8 +118,8 @@ class StepTime:
 
     def elasticity(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> np.ndarray:
         """[n] how many percent a round takes longer for a percent more of requests, in [0, 1]."""
-        more = self.law(cells, 1.05 * running, tokens_per_round) / self.law(cells, running, tokens_per_round)
-        return np.clip(np.log(more) / np.log(1.05), 0.0, 1.0)
+        more = self.law(cells, 1.25 * running, tokens_per_round) / self.law(cells, running, tokens_per_round)
+        return np.clip(np.log(more) / np.log(1.25), 0.0, 1.0)
 
     def _terms(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> np.ndarray:
         """[n, F] every term of the law, up to factors."""
@@ -121,14 +130,13 @@ class StepTime:
         k = cells.draft_len
         rows = running * (k + 1)  # tokens that the target's pass computes
         cache = running * (cells.context_len + cells.output_len / 2)  # tokens that it reads
-        padded = graph_size(rows)
+        padded = graph_size(running, k + 1) * (k + 1)
         others = np.maximum(running - 1, 0)  # nobody waits for a prompt of his own between two tokens
         terms = [
             lambda: np.ones(len(running)),
             lambda: running,
             lambda: rows,
             lambda: padded,
-            lambda: graph_size(running) * (k + 1),
             lambda: np.maximum(np.ceil(padded / TILE - 1e-6) - 1, 0),
             *(lambda fill=fill: -np.expm1(-padded / fill) for fill in FILLS),
             *(lambda hinge=hinge: np.maximum(rows - hinge, 0) / hinge for hinge in HINGES),
@@ -150,29 +158,30 @@ class StepTime:
         return terms
 
     def _place(self, cells, running: np.ndarray, tokens_per_round: np.ndarray) -> At:
-        shares = self._terms(cells, running, tokens_per_round) / self._unit / self.law(cells, running, tokens_per_round)[:, None]
-        terms = np.where(self._seen, shares / self._reach, 0.0)
-        return At(cells.drafter, cells.draft_len, running, cells.context_len + cells.output_len / 2, terms)
+        each, seconds = self._each_term(cells, running, tokens_per_round), self.law(cells, running, tokens_per_round)
+        terms = np.stack([each[f]() / (self._unit[f] * self._reach[f] * seconds) for f in np.flatnonzero(self._seen)])
+        context = cells.context_len + cells.output_len / 2  # mean tokens of a request's cache
+        return At(cells.drafter, np.log2(running), np.log2(context), np.log2(cells.draft_len + 1), terms)
 
     def _kernel(self, a: At, b: At, hyper: dict) -> np.ndarray:
         """[a, b] covariance of the logarithms of two rounds."""
-
-        def near(x, y, length):
-            return ((x[:, None] - y) / length) ** 2
-
-        batch, context = near(np.log2(a.running), np.log2(b.running), hyper["length"]), near(np.log2(a.context), np.log2(b.context), hyper["length"])
-        wide = near(np.log2(a.draft_len + 1), np.log2(b.draft_len + 1), hyper["draft_length"])
-        smooth = np.exp(-0.5 * (batch + context + wide))
-        same = (a.drafter[:, None] == b.drafter) & (a.drafter[:, None] > 0)
-        return hyper["term"] ** 2 * (a.terms @ b.terms.T) + (hyper["shared"] ** 2 + hyper["own"] ** 2 * same) * smooth
+        one, other = _scaled(a, hyper), _scaled(b, hyper)
+        drafters = np.arange(self._num_drafters)
+        scale = hyper["shared"] ** 2 + hyper["own"] ** 2 * ((drafters[:, None] == drafters) & (drafters > 0))
+        covariance = one @ other.T  # in place from here on: these are the largest arrays of a plan
+        covariance -= 0.5 * np.square(one).sum(1)[:, None]
+        covariance -= 0.5 * np.square(other).sum(1)  # half the squared distance, negative
+        np.exp(covariance, out=covariance)
+        covariance *= scale[:, b.drafter][a.drafter]
+        covariance += (hyper["term"] ** 2 * a.terms.T) @ b.terms
+        return covariance
 
     def _pairwise(self, a: At, b: At, hyper: dict) -> np.ndarray:
         """[n] the same, cell by cell."""
-        distance = (np.log2(a.running / b.running) ** 2 + np.log2(a.context / b.context) ** 2) / hyper["length"] ** 2
-        distance = distance + (np.log2((a.draft_len + 1) / (b.draft_len + 1)) / hyper["draft_length"]) ** 2
+        far = np.square(_scaled(a, hyper) - _scaled(b, hyper)).sum(1)
         same = (a.drafter == b.drafter) & (a.drafter > 0)
-        terms = hyper["term"] ** 2 * np.einsum("nf,nf->n", a.terms, b.terms)
-        return terms + (hyper["shared"] ** 2 + hyper["own"] ** 2 * same) * np.exp(-0.5 * distance)
+        terms = hyper["term"] ** 2 * np.einsum("fn,fn->n", a.terms, b.terms)
+        return terms + (hyper["shared"] ** 2 + hyper["own"] ** 2 * same) * np.exp(-0.5 * far)
 
     def _own_variance(self, at: At, hyper: dict) -> np.ndarray:
         return self._pairwise(at, at, hyper)
@@ -206,8 +215,7 @@ class StepTime:
         """How much wider intervals must be than the process says, by cells predicted from all others: law and correction fitted without them."""
         covariance = self._factor @ self._factor.T
         count, standardised, whole = len(residual), [], shares @ self._coefficients
-        for fold in np.array_split(np.random.default_rng(0).permutation(count), min(count, FOLDS)):
-            rest = np.setdiff1d(np.arange(count), fold)
+        for fold, rest in _folds(count):
             coefficients = nnls(shares[rest] * weight[rest, None], weight[rest])[0]
             moved = residual + np.log(whole) - np.log(np.maximum(shares @ coefficients, 1e-9))  # about the law without the fold
             factor = cho_factor(covariance[np.ix_(rest, rest)], lower=True)
@@ -223,3 +231,23 @@ class StepTime:
 
     def _idle_doubt(self, cells) -> np.ndarray:
         return np.where(cells.draft_len == 0, self._tax_sd[cells.drafter], 0.0)
+
+
+def _scaled(at: At, hyper: dict) -> np.ndarray:
+    """[n, 3] coordinates in lengths over which a correction stays the same."""
+    return np.stack([at.running / hyper["length"], at.context / hyper["length"], at.drafts / hyper["draft_length"]], axis=1)
+
+
+def _folds(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Cells left out together, and the rest: one by one where they are few."""
+    parts = np.array_split(np.random.default_rng(0).permutation(count), min(count, FOLDS))
+    return [(part, np.setdiff1d(np.arange(count), part)) for part in parts]
+
+
+def _missed(shares: np.ndarray, weight: np.ndarray) -> float:
+    """Mean error of the law's logarithm in cells that it was fitted without, an error counting as at most OUTLYING."""
+    errors = []
+    for fold, rest in _folds(len(shares)):
+        coefficients = nnls(shares[rest] * weight[rest, None], weight[rest])[0]
+        errors.append(weight[fold] * np.minimum(np.abs(np.log(np.maximum(shares[fold] @ coefficients, 1e-9))), OUTLYING))
+    return float(np.concatenate(errors).sum() / weight.sum())

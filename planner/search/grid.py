@@ -121,13 +121,11 @@ def choose(grid: Grid, groups: Sequence[np.ndarray], objective: Objective) -> li
         tight = loss <= TOLERANCE
         loose = tight.copy()
         loose[i, x, c] = -np.log1p(-loss[i, x, c]) <= HALF_WIDTH * sd
-        chosen = []
-        for own, tied, strict in zip(loss.swapaxes(0, 1), loose.swapaxes(0, 1), tight.swapaxes(0, 1), strict=True):  # by context, [members, C]
-            path = fewest_rows(own, tied)
-            if own[path, np.arange(len(path))].mean() > TOLERANCE:
-                path = fewest_rows(own, strict)
-            chosen.append(path)
-        paths.append(Path(members, score, best, members[np.array(chosen)]))
+        lost, tied, strict = (values.swapaxes(0, 1) for values in (loss, loose, tight))  # [contexts, members, C]
+        chosen = fewest_rows(lost, tied)
+        far = np.take_along_axis(lost, chosen[:, None], 1)[:, 0].mean(1) > TOLERANCE
+        chosen[far] = fewest_rows(lost[far], strict[far])
+        paths.append(Path(members, score, best, members[chosen]))
     return paths
 
 

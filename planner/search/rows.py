@@ -1,6 +1,6 @@
 """The fewest rows in which no load loses more than allowed. Exact: a dynamic programme over loads (Viterbi 1967).
 
-S settings    C loads, in order
+X independent schedules    S settings    C loads, in order
 """
 
 from itertools import pairwise
@@ -9,24 +9,25 @@ import numpy as np
 
 
 def fewest_rows(
-    loss: np.ndarray,  # [S, C] relative, at least 0
-    allowed: np.ndarray,  # [S, C] bool; at least one setting at each load
+    loss: np.ndarray,  # [X, S, C] relative, at least 0
+    allowed: np.ndarray,  # [X, S, C] bool; at least one setting at each load
 ) -> np.ndarray:
-    """[C] the setting at each load: as few changes along the loads as can be, and of those paths the one that loses least."""
-    S, C = loss.shape
-    step = np.where(allowed, loss, np.inf).T.copy()  # [C, S]
-    step /= 1 + np.where(allowed, loss, 0.0).max(0).sum()  # a whole path loses less than one change
-    came_from, stay = np.zeros((C, S), dtype=int), np.arange(S)
+    """[X, C] the setting at each load: as few changes along the loads as can be, and of those paths the one that loses least."""
+    X, S, C = loss.shape
+    step = np.where(allowed, loss, np.inf).transpose(2, 0, 1).copy()  # [C, X, S]
+    step /= 1 + np.where(allowed, loss, 0.0).max(1).sum(1)[:, None]  # a whole path loses less than one change
+    came_from, stay, each = np.zeros((C, X, S), dtype=int), np.arange(S), np.arange(X)
     best = step[0]
     for c in range(1, C):
-        cheapest = int(best.argmin())
-        change = best > best[cheapest] + 1
-        came_from[c] = np.where(change, cheapest, stay)
-        best = np.where(change, best[cheapest] + 1, best) + step[c]
-    path = np.empty(C, dtype=int)
-    path[-1] = best.argmin()
+        cheapest = best.argmin(1)
+        changed = best[each, cheapest][:, None] + 1
+        change = best > changed
+        came_from[c] = np.where(change, cheapest[:, None], stay)
+        best = np.where(change, changed, best) + step[c]
+    path = np.empty((X, C), dtype=int)
+    path[:, -1] = best.argmin(1)
     for c in range(C - 1, 0, -1):
-        path[c - 1] = came_from[c, path[c]]
+        path[:, c - 1] = came_from[c, each, path[:, c]]
     return path
 
 

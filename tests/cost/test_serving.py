@@ -34,10 +34,10 @@ def test_a_dozen_cells_predict_the_others():
 def test_intervals_hold_what_a_fresh_measurement_shows():
     inside = []
     for seed in range(12):
-        model = fit_serving(served_profile(noise=0.02, seed=seed))
+        model = fit_serving(served_profile(noise=0.012, seed=seed))
         found = model.predict(ask(model, *UNSEEN))
         rng = np.random.default_rng(100 + seed)
-        fresh = np.array([plain_round_s(c, k) / tokens_of(0.75, k) for _, k, c in UNSEEN]) * np.exp(0.02 * rng.standard_normal(len(UNSEEN)))
+        fresh = np.array([plain_round_s(c, k) / tokens_of(0.75, k) for _, k, c in UNSEEN]) * np.exp(0.012 * rng.standard_normal(len(UNSEEN)))
         inside += list(np.abs(np.log(fresh / found.tpot_s)) < Z90 * found.sd_tpot)
     assert 0.85 <= np.mean(inside) <= 0.99
 
