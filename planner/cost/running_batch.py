@@ -24,6 +24,7 @@ UNSIZED_SD = 1.0  # the same, of a drafter whose size nobody gave
 LIMIT_COST = 2.0  # of explaining a lag by a limit of requests and not by memory, in units of half a squared deviation
 NOISE = 0.02  # of a measured running batch
 LEAST_CAPACITY = 0.8  # requests; the byte count may be that wrong about the one that does run
+LEAST_COUNT = 0.1  # requests; a byte count of none could not be corrected
 
 
 class Load(NamedTuple):
@@ -42,17 +43,22 @@ class RunningBatch:
         self._mean_context = float(np.mean(cells.context_len))
         self._outside_s = np.zeros(2)  # seconds outside of decoding: a floor, and per request in the system; at the mean context
         self._correction = np.zeros(1 + len(drafters))  # of the logarithm of capacity: of all, and of each
+        self._longest = np.array([max(cells.context_len[cells.drafter == d], default=0) for d in range(len(drafters))])  # context that ran
         self._most = np.inf  # requests that the engine lets run, whatever the memory
         self._sd = np.full(len(drafters), np.hypot(COMMON_SD, OWN_SD))
         self._first_s = None
         if (known := np.isfinite(throughput)).any():
             self._fit(_pick(cells, known), tpot_s[known], throughput[known])
+        else:
+            self._refute(cells)
         if (known := np.isfinite(ttft_s)).any():
             self._fit_first(_pick(cells, known), tpot_s[known], ttft_s[known])
 
     def capacity(self, cells) -> np.ndarray:
         """[n] requests that memory holds side by side; below LEAST_CAPACITY the drafter does not fit."""
-        return np.minimum(self._counted_capacity(cells) * self._factor(cells, self._correction), self._most)
+        memory = self._counted_capacity(cells) * self._factor(cells, self._correction)
+        ran = cells.context_len <= self._longest[cells.drafter]  # whatever the bytes say
+        return np.minimum(np.where(ran, np.maximum(memory, 1.0), memory), self._most)
 
     def running(self, cells, tpot_s: np.ndarray, capacity: np.ndarray) -> np.ndarray:
         """[n] requests that decode at once, at these times per token."""
@@ -95,14 +101,21 @@ class RunningBatch:
         self._sd = np.sqrt(np.maximum(covariance[0, 0] + covariance[own, own] + 2 * covariance[0, own], 0.0))
 
     def _lagging(self, cells, measured: np.ndarray, counted: np.ndarray) -> np.ndarray:
-        """[drafters] logarithm of the largest measured batch over the counted capacity, where no larger one ran at a higher load; else 0."""
+        """[drafters] logarithm of the largest measured batch over the counted capacity, where one of them is certainly wrong; else 0."""
         start = np.zeros(len(self._drafters))
         for drafter in np.unique(cells.drafter):
             own = np.flatnonzero(cells.drafter == drafter)
             top = own[np.argmax(measured[own])]
-            if measured[top] < np.log(0.9 * cells.concurrency[own].max()):
-                start[drafter] = measured[top] - np.log(max(counted[top], LEAST_CAPACITY))
+            if measured[top] < np.log(0.9 * cells.concurrency[own].max()) or counted[top] < np.exp(measured[top]):
+                start[drafter] = measured[top] - np.log(counted[top])
         return start
+
+    def _refute(self, cells) -> None:
+        """Where nobody counted throughput, a byte count that has no room for one of the requests that ran says nothing."""
+        counted = self._counted_capacity(cells)
+        for drafter in np.unique(cells.drafter[counted < LEAST_CAPACITY]):
+            own = cells.drafter == drafter
+            self._correction[1 + drafter] = np.log(2 * cells.concurrency[own].max() / counted[own].min())
 
     def _fit_first(self, cells, tpot_s: np.ndarray, ttft_s: np.ndarray) -> None:
         """Seconds to the first token where memory does not let a request wait: a floor, and a part that grows with the load."""
@@ -142,10 +155,11 @@ class RunningBatch:
     def _count(self, drafter: int, draft_len: int, context_len: int, output_len: int) -> float:
         key = drafter, draft_len, context_len, output_len
         if key not in self._counted:
-            self._counted[key] = request_capacity(
+            counted = request_capacity(
                 self._profile.model, self._profile.drafters.get(self._drafters[drafter]), self._profile.system, tensor_parallel=self._tp,
                 context_len=context_len, output_len=output_len, draft_len=draft_len,
             )  # fmt: skip
+            self._counted[key] = max(counted, LEAST_COUNT)
         return self._counted[key]
 
 

@@ -1,4 +1,4 @@
-"""A-priori times: laws of a roofline, MagicDec's tables, and a logged server, none of which the efficiencies were fitted to one by one."""
+"""A-priori times: laws of a roofline; MagicDec's tables, which the efficiencies were chosen with in view; a logged server, which they were not."""
 
 from itertools import pairwise
 

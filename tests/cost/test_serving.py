@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from served import CONTEXT, OUTPUT, plain_round_s, served_profile, tokens_of
+from served import CONTEXT, OUTPUT, SYSTEM, plain_round_s, served_profile, tokens_of
 
 from planner.cost.serving import Cells, fit_serving
 from planner.errors import BadInput
@@ -48,6 +48,15 @@ def test_a_small_pool_limits_the_running_batch_of_its_drafter_only():
     assert found.running[:2] == pytest.approx(40, rel=0.06)
     assert found.running[2:4] == pytest.approx(256, rel=0.06)
     assert found.running[4] == pytest.approx(8, rel=0.06)
+
+
+def test_what_ran_is_believed_where_the_bytes_say_that_nothing_fits():
+    tiny = SYSTEM.__class__(name="card", memory_bytes=10 * 2**30, fraction=0.9)  # less than the weights
+    for throughput in (True, False):
+        model = fit_serving(replace(served_profile(throughput=throughput), system=tiny))
+        found = model.predict(ask(model, ("none", 0, 64), ("eagle3", 3, 64)))
+        assert found.fits.all()
+        assert found.running == pytest.approx([64, 64], rel=0.1)
 
 
 def test_what_two_settings_share_cancels():
