@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
+from scipy.special import expit
 
 from planner.cost.capacity import request_capacity
 from planner.serving import OFF, ServingProfile
@@ -127,8 +128,9 @@ class RunningBatch:
     def _running(self, cells, tpot_s: np.ndarray, outside_s: np.ndarray, capacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[n] requests, and how far the capacity decides them, in [0, 1]."""
         wanted = cells.concurrency * self._decoding_share(cells, tpot_s, outside_s)
-        ratio = (wanted / np.maximum(capacity, LEAST_CAPACITY)) ** SHARPNESS
-        return wanted * (1 + ratio) ** (-1 / SHARPNESS), ratio / (1 + ratio)
+        capacity = np.maximum(capacity, LEAST_CAPACITY)
+        low, high = np.minimum(wanted, capacity), np.maximum(wanted, capacity)
+        return low * (1 + (low / high) ** SHARPNESS) ** (-1 / SHARPNESS), expit(SHARPNESS * np.log(wanted / capacity))
 
     def _decoding_share(self, cells, tpot_s: np.ndarray, outside_s: np.ndarray) -> np.ndarray:
         decoding_s = cells.output_len * tpot_s

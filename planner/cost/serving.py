@@ -2,9 +2,9 @@
 
     tpot_s  = round_s / tokens_per_round           output_tokens_per_s = running / tpot_s
 
-round_s           step_time.py
+round_s           step_law.py, corrected by step_time.py
 tokens_per_round  engine_acceptance.py
-running           running_batch.py: requests that decode at once
+running           requests that decode at once, running_batch.py
 
 Times depend on the running batch, and the running batch on times, so the two are found together. Intervals are those of a
 fresh measurement: what the fits do not know, and what two runs of one cell differ by.
@@ -86,7 +86,7 @@ class ServingModel:
         round_s, sd_round = self._steps.predict(cells, running, tokens)
         tpot_s = round_s / tokens
         load = self._running.predict(cells, tpot_s, capacity)
-        growth = self._steps.elasticity(cells, running, tokens)
+        growth = self._steps.law.elasticity(cells, running, tokens)
         return Served(
             round_s=round_s, tokens_per_round=tokens, tpot_s=tpot_s, running=load.running, output_tokens_per_s=load.running / tpot_s,
             ttft_s=load.ttft_s, sd_round=np.hypot(sd_round, growth * load.sd), sd_tokens=sd_tokens,
@@ -101,8 +101,8 @@ class ServingModel:
         at, sd_tokens, moved = [], [], []
         for cells in (a, b):
             tokens, sd, capacity, running = self._settled(cells)
-            growth = self._steps.elasticity(cells, running, tokens)
-            load = self._running.predict(cells, self._steps.law(cells, running, tokens) / tokens, capacity)
+            growth = self._steps.law.elasticity(cells, running, tokens)
+            load = self._running.predict(cells, self._steps.law.seconds(cells, running, tokens) / tokens, capacity)
             at.append((cells, running, tokens))
             sd_tokens.append(sd)
             moved.append((growth if of == "tpot" else 1 - growth) * load.sd)
@@ -115,7 +115,7 @@ class ServingModel:
         capacity = self._running.capacity(cells)
         running = np.minimum(cells.concurrency, np.maximum(capacity, LEAST_CAPACITY)).astype(float)
         for _ in range(FIXED_POINT_STEPS):  # the law of times alone, without its correction: it is all that moves the batch
-            running = self._running.running(cells, self._steps.law(cells, running, tokens) / tokens, capacity)
+            running = self._running.running(cells, self._steps.law.seconds(cells, running, tokens) / tokens, capacity)
         return tokens, sd_tokens, capacity, running
 
     def _tokens_per_round(self, cells: Cells) -> tuple[np.ndarray, np.ndarray]:

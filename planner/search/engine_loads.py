@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.cost.serving import Cells, ServingModel
-from planner.cost.step_time import IDLE_TAX
+from planner.cost.step_law import IDLE_TAX
 from planner.errors import BadInput
 from planner.schedules import Setting
 from planner.search.loads import Forecast
