@@ -8,8 +8,8 @@ from drafted_texts import MAX_DRAFT_LEN, NUM_REQUESTS, NUM_TOKENS, Drafted, expe
 from engines import CONCURRENCIES, MAX_CONCURRENCY, Cell, measured_cells, qwen_on_h100, random_engine, twelve_cells
 from step_times import GPUS, product_s
 
-from planner.measurements import decode_checked, encode
-from planner.serving import OFF, SERVING_SCHEMA_VERSION, ServingProfile
+from planner.measurements import encode
+from planner.serving import OFF, decode_serving_profile
 
 SEEDS = (0, 3, 5, 7, 12)
 
@@ -115,7 +115,7 @@ def test_a_table_says_what_was_measured(engine, tmp_path):
 
 def test_a_profile_round_trips_through_json():
     profile = random_engine(0).profile(measured_cells(random_engine(0)), np.random.default_rng(0))
-    assert decode_checked(encode(profile), ServingProfile, SERVING_SCHEMA_VERSION, "serving profile") == profile
+    assert decode_serving_profile(encode(profile), "profile.json") == profile
 
 
 def test_constant_acceptance_gives_the_closed_form():
