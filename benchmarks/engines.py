@@ -143,17 +143,19 @@ class Engine:
     # what a round takes
 
     def _padded(self, batch: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """[batch] tokens of a decoding pass as the graphs pad it, and whether a graph holds it."""
-        load = batch * rows if self.scheduler.pads_tokens else batch
-        sizes = np.array([1, 2, 4, *range(8, 257, 8), *range(272, 1025, 16)])
-        if not self.scheduler.pads_tokens:
-            sizes = np.array([1, 2, 4, 8, 12, *range(16, 161, 8), *range(192, 513, 32)])
-        sizes = sizes[sizes <= self.scheduler.largest_graph]
-        held = load <= sizes[-1]
-        padded = np.where(held, sizes[np.minimum(np.searchsorted(sizes, load), len(sizes) - 1)], load)
+        """[batch] tokens of a decoding pass as the graphs pad it, and whether a graph holds it.
+
+        By tokens, vLLM rounds every captured size up to a multiple of K + 1 and takes the first that is large enough.
+        """
         if self.scheduler.pads_tokens:
-            return np.ceil(padded / rows).astype(np.int64) * rows, held
-        return padded.astype(np.int64) * rows, held
+            sizes = np.array([1, 2, 4, *range(8, 257, 8), *range(272, 1025, 16)])
+            sizes = np.unique(-(-sizes[sizes <= self.scheduler.largest_graph] // rows) * rows)
+        else:
+            sizes = np.array([1, 2, 4, 8, 12, *range(16, 161, 8), *range(192, 513, 32)])
+            sizes = sizes[sizes <= self.scheduler.largest_graph] * rows
+        load = batch * rows
+        held = load <= sizes[-1]
+        return np.where(held, sizes[np.minimum(np.searchsorted(sizes, load), len(sizes) - 1)], load).astype(np.int64), held
 
     def _target_s(self, batch: np.ndarray, rows: int, kv_len: float) -> np.ndarray:
         m, held = self._padded(batch, rows)

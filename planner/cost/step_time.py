@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 
 from planner.cost.step_law import StepLaw
 
-STEP_SD = 0.014  # steps between the measured cells that no cell of a dozen shows
+STEP_SD = 0.013  # steps between the measured cells that no cell of a dozen shows
 PRIOR_CELLS, PRIOR_WIDTH = 8, 1.1  # so many cells that missed by so many standard deviations are added to those that calibrate
 OUTLIER = 4.0  # standard deviations, beyond which a cell counts no more
 
