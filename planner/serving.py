@@ -96,6 +96,30 @@ class ServingProfile(Spec, kw_only=True):
     warnings: list[Annotated[str, Meta(max_length=2000)]] = []
 
 
+class DrafterSummary(Spec, kw_only=True):
+    """The cells of one drafter."""
+
+    drafter: str
+    cells: int
+    draft_len: list[int]  # all that were measured, in order
+    concurrency: tuple[int, int]  # least and most
+    context_len: tuple[int, int]
+    missing: list[str]  # what was not measured, and what that costs
+
+
+class Summary(Spec, kw_only=True):
+    """What was imported."""
+
+    source: str
+    model: ModelSize
+    system: SystemSpec
+    cells: int
+    drafters: list[DrafterSummary]  # off first, where it was measured
+    missing: list[str]  # likewise, of the whole table
+    warnings: list[str]
+    next_command: str
+
+
 def save_serving_profile(profile: ServingProfile, path: str | Path) -> None:
     """Write a profile whole."""
     write_whole(path, encode(profile))

@@ -11,8 +11,8 @@ from planner.files import read_bytes
 from planner.importers.consistency import doubts
 from planner.importers.contract import MAX_CELLS, Given, Imported, make_cell
 from planner.importers.recognise import read_any
-from planner.serving import OFF, ModelSize, ServedCell, ServingProfile, SystemSpec
-from planner.specs import Spec, checked
+from planner.serving import OFF, DrafterSummary, ModelSize, ServedCell, ServingProfile, Summary
+from planner.specs import checked
 
 MAX_FILES = 10_000
 MAX_WARNINGS = 50  # that a profile keeps; the rest is counted
@@ -102,30 +102,6 @@ def _source(found: list[Imported], files: Sequence[str | Path]) -> str:
 
 
 # ---- in short
-
-
-class DrafterSummary(Spec, kw_only=True):
-    """The cells of one drafter."""
-
-    drafter: str
-    cells: int
-    draft_len: list[int]  # all that were measured, in order
-    concurrency: tuple[int, int]  # least and most
-    context_len: tuple[int, int]
-    missing: list[str]  # what was not measured, and what that costs
-
-
-class Summary(Spec, kw_only=True):
-    """What was imported."""
-
-    source: str
-    model: ModelSize
-    system: SystemSpec
-    cells: int
-    drafters: list[DrafterSummary]  # off first, where it was measured
-    missing: list[str]  # likewise, of the whole table
-    warnings: list[str]
-    next_command: str
 
 
 def summarise(profile: ServingProfile, path: str | Path) -> Summary:

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from rich.text import Text
 
-from planner.commands.import_bench import DrafterSummary, Summary
 from planner.report.layout import Column, clean, open_console, put_lines, put_title, saved_lines, show_table
 from planner.report.terminal import show_warnings
-from planner.serving import OFF
+from planner.serving import OFF, DrafterSummary, Summary
 from planner.units import format_bytes
 
 
