@@ -11,7 +11,7 @@ from planner.files import read_bytes
 from planner.importers.consistency import doubts
 from planner.importers.contract import MAX_CELLS, Given, Imported, make_cell
 from planner.importers.recognise import read_any
-from planner.serving import OFF, DrafterSummary, ModelSize, ServedCell, ServingProfile, Summary
+from planner.serving import OFF, DrafterSummary, ModelSize, ServedCell, ServingProfile, Summary, SystemSpec
 from planner.specs import checked
 
 MAX_FILES = 10_000
