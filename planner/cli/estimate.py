@@ -7,7 +7,7 @@ import typer
 
 import planner
 from planner.cli.app import app
-from planner.cli.options import AsJson, Isl, Load, Objective, Osl, PricePerHour, ProfilePath, Temperature, TensorParallel, TopK, TopP, takes
+from planner.cli.options import AsJson, Isl, Objective, Osl, PricePerHour, ProfilePath, Temperature, TensorParallel, TopK, TopP, takes
 from planner.commands.flags import Asked
 from planner.errors import BadInput
 from planner.units import parse_range
@@ -23,7 +23,9 @@ def estimate(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
-    max_concurrency: Load = None,
+    max_concurrency: Annotated[
+        str | None, typer.Option("--max-concurrency", metavar="N", help="Requests in the system at once, all the time; default: 1.")
+    ] = None,
     cells: Annotated[Path | None, typer.Option(help="CSV table of settings and loads: drafter, draft_len, concurrency, context_len.")] = None,
     tp: TensorParallel = None,
     objective: Objective = "e2e",

@@ -58,7 +58,7 @@ Seed = Annotated[int, typer.Option(help="Seed of prompts and sampling.")]
 
 
 HELP = {  # of the fields of Asked and AskedGrid, each a flag
-    "drafter": "none, ngram, self_sparse, draft_model or eagle3.",
+    "drafter": "none, ngram, self_sparse, draft_model or eagle3; with a profile of a serving engine, a name in it.",
     "drafters": "Of ngram and self_sparse; off and every --draft-model come along anyway.",
     "draft_len": "Tokens drafted per round.",
     "draft_model": "A drafter's checkpoint: a smaller model of the target's family or an EAGLE-3 head, a folder or a GGUF file.",

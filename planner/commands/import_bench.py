@@ -13,6 +13,7 @@ from planner.importers.contract import MAX_CELLS, Given, Imported, make_cell
 from planner.importers.recognise import read_any
 from planner.serving import OFF, DrafterSummary, ModelSize, ServedCell, ServingProfile, Summary, SystemSpec
 from planner.specs import checked
+from planner.units import format_bytes
 
 MAX_FILES = 10_000
 MAX_WARNINGS = 50  # that a profile keeps; the rest is counted
@@ -69,7 +70,9 @@ def import_bench(
     for name, text in (draft_models or {}).items():
         sizes[name], own, _ = sized(text)
         notes = [*notes, *(f"{name}: {note}" for note in own)]
-    warnings = list(dict.fromkeys([*notes, *(warning for one in found for warning in one.warnings), *doubts(cells)]))
+    warnings = list(
+        dict.fromkeys([*notes, *(warning for one in found for warning in one.warnings), *doubts(cells), *_too_large(target, sizes, device, cells)])
+    )
     if len(warnings) > MAX_WARNINGS:
         warnings = [*warnings[: MAX_WARNINGS - 1], f"{len(warnings) - MAX_WARNINGS + 1} more warnings are not kept"]
     profile = ServingProfile(
@@ -94,6 +97,21 @@ def _same(path: str, profile: ServingProfile, target: ModelSize, device: SystemS
             raise BadInput(
                 f"{path} has {names[0]} {getattr(theirs, names[0])}, {flag} says {getattr(ours, names[0])}; give what it was imported with"
             )
+
+
+def _too_large(target: ModelSize, sizes: dict[str, ModelSize], device: SystemSpec, cells: list[ServedCell]) -> list[str]:
+    """Sentences about weights that ran and cannot have fitted: then the byte count of what fits says nothing."""
+    room, found = device.memory_bytes * device.fraction, []
+    for name in dict.fromkeys(cell.drafter for cell in cells):
+        devices = min(cell.tensor_parallel for cell in cells if cell.drafter == name)
+        weights = (target.weights_bytes + (sizes[name].weights_bytes if name in sizes else 0)) / devices
+        if weights > room:
+            what = "the target" if name == OFF else f"the target and {name}"
+            found.append(
+                f"the weights of {what} take {format_bytes(weights)} of each device, which has {format_bytes(room)} for them: a size, --system or tp "
+                "is wrong, and how many requests fit is guessed from those that ran"
+            )
+    return found
 
 
 def _source(found: list[Imported], files: Sequence[str | Path]) -> str:
@@ -141,7 +159,7 @@ def _missing(profile: ServingProfile) -> list[str]:
     costs = {
         "output_tokens_per_s": "the running batch comes from the count of bytes, not from a measurement",
         "itl_s": "the time of a round follows from tpot_s and tokens_per_round",
-        "ttft_s": "goals for the first token and end-to-end times cannot be planned",
+        "ttft_s": "limits of the time to the first token cannot be planned",
     }
     found = []
     for field, cost in costs.items():

@@ -88,7 +88,7 @@ class RunningBatch:
         def fit(log_most: float, own: np.ndarray):
             start = [0.02, 0.0002, log_most, 0.0, *own]
             bounds = [0, 0, 0, *([-9] * len(spread))], [100, 10, 30, *([9] * len(spread))]
-            return least_squares(residuals, start, bounds=bounds, max_nfev=200)
+            return least_squares(residuals, np.clip(start, *bounds), bounds=bounds, max_nfev=200)
 
         # Far from the truth the batch depends neither on a capacity nor on a limit of requests: start near either.
         lagging, unlimited = self._lagging(cells, measured, counted), 20.0

@@ -60,11 +60,12 @@ class ServingModel:
     def __init__(self, profile: ServingProfile, cells: list[ServedCell]):
         self.drafters = [OFF, *dict.fromkeys(cell.drafter for cell in cells if cell.drafter != OFF)]
         self.max_draft_len = {name: max((c.draft_len for c in cells if c.drafter == name), default=0) for name in self.drafters}
+        self.draft_lens = {name: sorted({c.draft_len for c in cells if c.drafter == name and c.draft_len > 0}) for name in self.drafters}
         self.idle_measured = {cell.drafter for cell in cells if cell.drafter != OFF and cell.draft_len == 0}
         self.acceptance_measured = {c.drafter for c in cells if c.draft_len > 0 and _tokens_per_round(c) is not None}
         self.off_measured = any(cell.drafter == OFF for cell in cells)
         self.contexts = sorted({cell.context_len for cell in cells})
-        self.max_concurrency = max(cell.concurrency for cell in cells)
+        self.max_concurrency = {name: max((c.concurrency for c in cells if c.drafter == name), default=0) for name in self.drafters}
         self._curves = {name: _curve([c for c in cells if c.drafter == name and c.draft_len > 0]) for name in self.drafters[1:]}
 
         at = _cells_of(cells, self.drafters)
@@ -78,6 +79,10 @@ class ServingModel:
         counted = self._running.running(at, tpot_s, self._running.capacity(at))
         running = np.where(np.isnan(throughput), counted, np.minimum(throughput * tpot_s, at.concurrency))
         self._steps = StepTime(at, running, tokens, round_s, len(self.drafters))
+
+    def capacity(self, cells: Cells) -> np.ndarray:
+        """[n] requests that memory holds side by side."""
+        return self._running.capacity(_broadcast(cells))
 
     def predict(self, cells: Cells) -> Served:
         """Every cell at once; 100,000 take less than a second."""
@@ -137,11 +142,11 @@ class ServingModel:
         return np.maximum(variance, 0.0)
 
     def _extrapolated(self, cells: Cells) -> np.ndarray:
-        longest = np.array([self.max_draft_len[name] for name in self.drafters])
+        longest, most = (np.array([largest[name] for name in self.drafters]) for largest in (self.max_draft_len, self.max_concurrency))
         idle = np.array([name in self.idle_measured or (name == OFF and self.off_measured) for name in self.drafters])
         return (
             (cells.draft_len > longest[cells.drafter])
-            | (cells.concurrency > self.max_concurrency)
+            | (cells.concurrency > most[cells.drafter])
             | (cells.context_len < self.contexts[0])
             | (cells.context_len > self.contexts[-1])
             | (cells.draft_len == 0) & ~idle[cells.drafter]

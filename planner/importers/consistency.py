@@ -8,14 +8,17 @@ from planner.serving import OFF, ServedCell
 
 NOISE = 0.05  # two roads to one number may differ by so much
 REPEATS = 0.10  # and two runs of one cell by so much
+SLOW_S = 1.0  # per token: more likely milliseconds
 THIN = 0.8  # share of the concurrency that has to be there on average
 
 
 def doubts(cells: list[ServedCell]) -> list[str]:
     """Sentences that name the rows."""
-    rounds, accepted, crowded, thin = [], [], [], []
+    rounds, accepted, crowded, thin, slow = [], [], [], [], []
     for cell in cells:
         from_acceptance = _tokens_per_round(cell)
+        if cell.tpot_s > SLOW_S:
+            slow.append(f"{cell.source} ({cell.tpot_s:.4g} s)")
         per_round = 1.0 if cell.draft_len == 0 else cell.tokens_per_round or from_acceptance
         if cell.itl_s is not None and per_round is not None and _differ(cell.tpot_s, cell.itl_s / per_round, NOISE):
             rounds.append(f"{cell.source} ({cell.tpot_s:.4g} against {cell.itl_s / per_round:.4g} s)")
@@ -31,6 +34,7 @@ def doubts(cells: list[ServedCell]) -> list[str]:
             if present < THIN * cell.concurrency:
                 thin.append(f"{cell.source} ({present:.1f} of {cell.concurrency})")
     found = [
+        (f"tpot_s is above {SLOW_S:g} s", slow, "times are in seconds; divide by 1000 if these are milliseconds"),
         ("tpot_s is not itl_s / tokens_per_round", rounds, "queueing may be in tpot_s, or itl_s may count tokens or merged chunks, not rounds"),
         ("tokens_per_round is not what the acceptance gives", accepted, "acceptance_i is conditional on the position before; check which is meant"),
         ("output_tokens_per_s x tpot_s, the running batch, is above concurrency", crowded, "one of the three is of another run"),

@@ -20,6 +20,8 @@ from planner.schedules import Compared, Deployment, Flip, Limits, Schedule, Sche
 from planner.serving import OFF
 from planner.specs import OBJECTIVES, Objective
 
+CUT = 900.0  # a relative margin beyond it stands for infinity: what else could run breaks a limit that this keeps
+
 
 def show_schedule(schedule: Schedule, path: str | Path | None) -> None:
     """The setting by load beside off, where it changes, what one server can do of it, and what is not certain."""
@@ -128,6 +130,8 @@ def _margin(line: tuple[ScheduleRow, Compared, bool]) -> str:
     row, _, first = line
     if not first:
         return ""
+    if row.runner_up and row.margin > CUT:
+        return "no other keeps the limits"
     return f"{100 * row.margin:+.1f} [{100 * row.margin_low:+.1f}, {100 * row.margin_high:+.1f}]" if row.runner_up else "nothing else"
 
 
@@ -155,14 +159,14 @@ def _settings(deployment: Deployment) -> str:
 def _loading(schedule: Schedule) -> str:
     """Whether a drafter is worth loading at all."""
     best = next((deployment for deployment in schedule.deployments if deployment.drafter != OFF), None)
-    over = "your load" if schedule.weighted else "all loads, each counting alike"
+    over = "over your load" if schedule.weighted else "over all loads, each counting alike"
     if best is None:
         return "no drafter was measured, or none fits"
     if best.gain_over_off is None:
         return f"{clean(best.drafter)} keeps the limits somewhere, off nowhere"
     pays = "pays" if schedule.deployments.index(best) < [deployment.drafter for deployment in schedule.deployments].index(OFF) else "does not pay"
     unsure = ", which is not certain" if best.gain_over_off.low < 0 < best.gain_over_off.high else ""
-    return f"{clean(best.drafter)} {pays}: {format_percent(best.gain_over_off)} % better than off by {OBJECTIVES[schedule.objective]}, over {over}{unsure}"
+    return f"{clean(best.drafter)} {pays}: {format_percent(best.gain_over_off)} % against off by {OBJECTIVES[schedule.objective]}, {over}{unsure}"
 
 
 def _flip(flip: Flip, schedule: Schedule) -> str:

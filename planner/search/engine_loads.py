@@ -11,6 +11,8 @@ from planner.schedules import Setting
 from planner.search.loads import Forecast
 from planner.serving import OFF
 
+ROOM_LEFT = 0.9  # share of the requests that may be lost to a drafter before it is said
+
 
 class EngineLoads:
     """Over a model of an engine's measured cells: off, each drafter idle, and each at 1 to its longest measured draft_len."""
@@ -22,6 +24,8 @@ class EngineLoads:
         self.settings = [Setting(), *(Setting(drafter=name, draft_len=k) for name in loaded for k in range(model.max_draft_len[name] + 1))]
         if unknown := [setting.drafter for setting in asked if setting.drafter not in model.drafters]:
             raise BadInput(f"the profile knows drafters {', '.join(model.drafters)}, got {unknown[0]!r}; measure it, or choose one of them")
+        if never := [setting.drafter for setting in asked if setting.draft_len > 0 and not model.max_draft_len[setting.drafter]]:
+            raise BadInput(f"the profile has {never[0]!r} idle only, so nothing is known of what it drafts; measure it with a draft_len above 0")
         self.settings += [setting for setting in dict.fromkeys(asked) if setting not in self.settings]
         place = {name: i for i, name in enumerate(model.drafters)}
         self._drafter = np.array([place[setting.drafter] for setting in self.settings])
@@ -33,10 +37,22 @@ class EngineLoads:
             self.notes.append(
                 f"what {', '.join(unknown)} costs idle was not measured: {IDLE_TAX:.0%} of a round are assumed; measure it with draft_len 0"
             )
-        if unknown := [name for name in loaded if name not in model.acceptance_measured]:
+        drafting = [name for name in loaded if model.max_draft_len[name]]
+        if unknown := [name for name in drafting if name not in model.acceptance_measured]:
             self.notes.append(
                 f"no acceptance of {', '.join(unknown)} was measured: how its times per token split into rounds and tokens is assumed, the times are not"
             )
+        if single := [f"{name} K={model.draft_lens[name][0]}" for name in drafting if len(model.draft_lens[name]) == 1]:
+            self.notes.append(f"one draft length was measured of each of {', '.join(single)}: others are extrapolated; measure a second")
+        self.notes += [note for name in loaded if (note := self._starved(name, place[name]))]
+
+    def _starved(self, name: str, drafter: int) -> str | None:
+        """That a drafter takes memory of requests that were measured, if it does."""
+        context_len = self._model.contexts[-1]
+        without, beside = self._model.capacity(Cells(np.array([0, drafter]), 0, 1, context_len, self.output_len))
+        if beside > ROOM_LEFT * without or beside > max(self._model.max_concurrency.values()):
+            return None
+        return f"memory holds about {beside:.0f} requests of context {context_len} beside {name}, {without:.0f} without it: drafting has to make up for that"
 
     def predict(self, setting: np.ndarray, concurrency: np.ndarray, context_len: np.ndarray) -> Forecast:
         served = self._model.predict(self._cells(setting, concurrency, context_len))

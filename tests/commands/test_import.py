@@ -132,3 +132,9 @@ def test_commands_of_the_own_runtime_say_what_a_serving_profile_is(run, folder):
     assert (code, out) == (2, "") and err.startswith("error: plan profile.json is a profile of a serving engine") and err.count("\n") == 1
     with pytest.raises(BadInput, match="is a profile of a serving engine"):
         _costs(folder / "profile.json", [], None)  # what `replay --profile` reads first
+
+
+def test_weights_that_cannot_have_fitted_are_named(run):
+    code, _, err = run(*bench("table.csv", "--draft-model", DRAFTER.replace("0.5", "900")))
+    assert code == 0
+    assert "weights of the target and eagle3 take" in " ".join(err.split())

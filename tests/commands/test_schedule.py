@@ -249,3 +249,23 @@ def test_bad_input_is_one_line_and_exit_code_2(run, line):
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
     assert re.search(BAD[line], err), err
+
+
+def test_a_drafter_that_only_idled_is_not_estimated_as_one_that_drafts(run, files, tmp_path):
+    profile = served_profile()
+    save_serving_profile(served_profile(cells=[cell for cell in profile.cells if cell.draft_len == 0]), tmp_path / "idle.json")
+    code, _, err = run(f"estimate {tmp_path / 'idle.json'} --drafter eagle3 --draft-len 3")
+    assert code == 2 and "'eagle3' idle only" in err
+
+
+def test_a_drafter_that_takes_the_room_of_requests_is_said_to(run, files, tmp_path):
+    crowded = answer(run, "plan {served} --objective throughput")  # 150 requests beside the drafter, 300 without
+    assert any("beside eagle3" in note for note in crowded["notes"])
+    roomy = [cell for cell in served_profile().cells if cell.concurrency <= 64]
+    save_serving_profile(served_profile(cells=roomy), tmp_path / "roomy.json")
+    assert not any("beside eagle3" in note for note in answer(run, f"plan {tmp_path / 'roomy.json'}")["notes"])
+
+
+def test_a_margin_over_settings_that_break_the_limits_is_no_number(run):
+    code, out, _ = run("plan {served} --max-concurrency 100..102 --goodput tpot:11")
+    assert code == 0 and "no other keeps the limits" in " ".join(out.split()) and "99900" not in out

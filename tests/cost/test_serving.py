@@ -50,6 +50,34 @@ def test_a_small_pool_limits_the_running_batch_of_its_drafter_only():
     assert found.running[4] == pytest.approx(8, rel=0.06)
 
 
+def test_one_stream_that_hardly_waits_is_enough_for_a_fit():
+    cells = [("none", 0, 1), *(("eagle3", k, 1) for k in (1, 3, 5))]
+    found = (model := fit_serving(served_profile(cells=cells, capacity={"none": 0.98, "eagle3": 0.98}))).predict(
+        ask(model, ("none", 0, 1), ("eagle3", 2, 1), ("eagle3", 3, 200))
+    )
+    assert found.tpot_s[:2] == pytest.approx([plain_round_s(0.98, 0), plain_round_s(0.98, 2) / tokens_of(0.75, 2)], rel=0.03)
+    assert found.extrapolated.tolist() == [False, False, True]
+    assert (found.sd_round <= 1.4).all()  # whatever is asked, not a number without meaning
+
+
+def test_intervals_are_wide_where_one_draft_length_cannot_tell_a_pass_from_the_glue_of_a_round():
+    loads = (1, 8, 64)
+    off = [("none", 0, c) for c in (1, 4, 16, 64, 256)]
+    one, three = (
+        fit_serving(served_profile(cells=[*off, *(("eagle3", k, c) for k in lengths for c in loads)], noise=0.01)) for lengths in ((5,), (1, 3, 5))
+    )
+    asked = [("eagle3", 1, c) for c in loads]
+    known, guessed = (model.predict(ask(model, *asked)).sd_round for model in (three, one))
+    assert (guessed > 1.5 * known).all()
+    assert (guessed[:2] > 0.06).all()
+
+
+def test_a_drafter_is_extrapolated_beyond_its_own_loads():
+    cells = [*(("none", 0, c) for c in (1, 16, 256)), *(("eagle3", k, c) for k in (1, 4) for c in (1, 16))]
+    model = fit_serving(served_profile(cells=cells))
+    assert model.predict(ask(model, ("none", 0, 256), ("eagle3", 4, 16), ("eagle3", 4, 64))).extrapolated.tolist() == [False, False, True]
+
+
 def test_what_ran_is_believed_where_the_bytes_say_that_nothing_fits():
     tiny = SYSTEM.__class__(name="card", memory_bytes=10 * 2**30, fraction=0.9)  # less than the weights
     for throughput in (True, False):

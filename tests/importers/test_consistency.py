@@ -28,6 +28,7 @@ def test_a_table_that_adds_up_raises_no_doubt():
         (GOOD.replace("0.7,0.6,0.5", "0.7,0.42,0.21"), "tokens_per_round is not what the acceptance gives in t:3"),  # unconditional
         (GOOD.replace("1100", "1300"), "the running batch, is above concurrency in t:3 (9.1 of 8)"),
         (GOOD.replace("1100", "500"), "fewer requests than concurrency were in the system in t:3"),
+        (",0,4,1024,256,12,12,0.32,200,,,,,1", "tpot_s is above 1 s in t:3 (12 s): times are in seconds"),
         (OFF.replace("0.012,0.012", "0.0135,0.0135").replace("640", "570"), "repeated cells differ in tpot_s in t:3 and t:2"),
     ],
 )  # fmt: skip
