@@ -15,13 +15,17 @@ from scipy.optimize import minimize
 
 from planner.cost.step_law import StepLaw
 
-STEP_SD = 0.013  # steps between the measured cells that no cell of a dozen shows
-PRIOR_CELLS, PRIOR_WIDTH = 8, 1.1  # so many cells that missed by so many standard deviations are added to those that calibrate
+STEP_SD = 0.015  # steps between the measured cells that no cell of a dozen shows
+PRIOR_CELLS, PRIOR_WIDTH = 8, 1.2  # so many cells that missed by so many standard deviations are added to those that calibrate
+WIDEST_SD = 1.4  # a tenth to ten times: any round is known that well
 OUTLIER = 4.0  # standard deviations, beyond which a cell counts no more
 
 # Hyperparameters, as medians and standard deviations of their logarithms.
 HYPER = {
-    "term": (0.10, 0.7),  # how far a term may be off, as a share of the round where it weighs most
+    "term": (
+        0.20,
+        0.2,
+    ),  # how far a term may be off, as a share of the round where it weighs most: held near, since a fit hides it where cells are few
     "shared": (0.03, 0.6),  # smooth correction of all drafters
     "own": (0.03, 0.6),  # of each
     "noise": (0.015, 0.4),
@@ -60,7 +64,7 @@ class StepTime:
         variance = self._pairwise(at, at, self._hyper) - np.einsum("mn,mn->n", explained, explained)
         sd = np.hypot(self._widen * np.sqrt(np.maximum(variance, 0.0) + self._hyper["noise"] ** 2), STEP_SD)
         seconds = self.law.seconds(cells, running, tokens_per_round) * np.exp(cross @ self._weights)
-        return seconds, np.hypot(sd, self.law.idle_doubt(cells))
+        return seconds, np.minimum(np.hypot(sd, self.law.idle_doubt(cells)), WIDEST_SD)
 
     def difference_sd(self, a: tuple, b: tuple) -> np.ndarray:
         """[n] standard deviation of the logarithm of the ratio of two rounds, each (cells, running, tokens_per_round)."""
