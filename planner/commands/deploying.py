@@ -26,10 +26,9 @@ OWN_NAME = "smollm2"  # of the model that comes with this package, which no engi
 def from_plan(plan: Plan, asked: AskedExport, rules: DraftRules, config: DraftConfig) -> tuple[Deployed, list[Knob]]:
     """A server that runs `config`, the plan's choice or another."""
     drafter = config.drafter
-    same_kind = drafter.kind == plan.chosen.drafter.kind
     if asked.method is not None and asked.method != drafter.kind and config.draft_len:
         raise BadInput(f"the plan drafts with {drafter.kind}, got --method {asked.method}; drop it")
-    draft_model = (asked.draft_model if same_kind else None) or drafter.path
+    draft_model = drafter.path and (asked.draft_model or drafter.path)
     own = rules.name == "planner"
     knobs = []
     if not own:

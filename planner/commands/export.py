@@ -28,7 +28,7 @@ from planner.schedules import Schedule, Setting, load_schedule
 from planner.serving import OFF, ServingProfile, load_any_profile
 from planner.specs import DraftConfig, FullKV, KVPolicy
 
-SCRIPTS = ("run", "measure")
+SCRIPTS = ("run", "measure", "sweep")
 
 
 def export(
@@ -53,9 +53,10 @@ def export(
     if plan.source == "own runtime" and rules.name != "planner":
         notes.insert(0, "acceptance carried over, latency foreign: measure on the engine before relying on a speedup")
     about = f"written by planner {planner.__version__} for {rules.name} {version}"
-    files = {**spelled.files} | {
-        name: SCRIPT.format(about=about, line=line) for name, line in zip(SCRIPTS, (spelled.run, spelled.measure), strict=True)
-    }
+    if isinstance(plan, Schedule) and asked.model is None:
+        notes.append("the model is called as in the profile; --model says what the engine is to load")
+    lines = dict(zip(SCRIPTS, (spelled.run, spelled.measure, spelled.sweep), strict=True))
+    files = spelled.files | {name: SCRIPT.format(about=about, line=line) for name, line in lines.items() if line is not None}
     found = Export(
         planner_version=planner.__version__, plan_sha256=fingerprint(plan_path), profile_sha256=plan.profile_sha256, engine=rules.name,
         engine_version=version, engine_versions=span(rules), checked=exporter.checked, model=deployed.model,
@@ -102,7 +103,8 @@ def _from_schedule(
     chosen = Chosen(schedule, asked, rules)
     serving = profile if isinstance(profile, ServingProfile) else None
     deployed, knobs = from_rows(chosen.rows, chosen, asked, rules, serving)
-    static = not deployed.off and deployed.method not in rules.scheduled and deployed.scheduled
+    known = deployed.method in rules.methods
+    static = known and deployed.method not in rules.scheduled and deployed.scheduled
     load = chosen.last
     if static and asked.max_concurrency is None and rules.max_batch is None:
         raise BadInput(
@@ -112,7 +114,7 @@ def _from_schedule(
     if profile is not None:
         loads = _loads(profile, schedule, chosen, asked)
     knobs = chosen.knobs + knobs
-    lacking = static or (not deployed.off and (deployed.method not in rules.methods or _kv_lost(deployed, rules)))
+    lacking = static or (not deployed.off and (not known or _kv_lost(deployed, rules)))
     cost, note = [], "the engine takes what was planned"
     if lacking and loads is None:
         note = NOT_COMPUTED
@@ -120,12 +122,11 @@ def _from_schedule(
         rows = _plan_again(loads, schedule, chosen, deployed, rules, static)
         cost = _compare(loads, schedule, chosen, rows)
         note = f"each over off, by {schedule.objective}, from the same profile; concurrency is what is offered"
-        _, lost = fit_engine(deployed, rules, load) if deployed.method in rules.methods else (None, [])
+        _, lost = fit_engine(deployed, rules, load) if known else (None, [])
         before, after = describe_choice(chosen.setting(load)), describe_choice(setting_at(rows, load))
+        again = "" if before == after else f"planned again within what {rules.name} can be told"
         knobs += [own for own in lost if own.fidelity != "exact"]
-        knobs.append(
-            knob("choice", f"{before} at {load}", f"{after} at {load}", "approximated", f"planned again within what {rules.name} can be told")
-        )
+        knobs.append(knob("choice", f"{before} at {load}", f"{after} at {load}", "approximated" if again else "exact", again))
         deployed, _ = from_rows(rows, chosen, asked, rules, serving)
     fitted, own = fit_engine(deployed, rules, load)
     if rules.name == "planner":
@@ -274,7 +275,7 @@ def _write(folder: Path, files: dict[str, str], found: Export, earlier: bool) ->
                 (folder / name).unlink(missing_ok=True)
         for name, text in files.items():
             write_whole(folder / name, text.encode("utf-8", errors="surrogateescape"))
-        for name in SCRIPTS:
+        for name in files.keys() & set(SCRIPTS):
             (folder / name).chmod((folder / name).stat().st_mode | 0o111)
     except OSError as error:
         raise BadInput(f"cannot write the export {folder}: {error.strerror or error}; change -o") from None
