@@ -10,7 +10,7 @@ from planner.errors import BadInput
 from planner.exporters.contract import Deployed, Spelled, knob, memory_knob
 from planner.exporters.lengths import spell_length
 from planner.exporters.memory import spell_memory
-from planner.exporters.quoting import HERE, shell_line, to_ini
+from planner.exporters.quoting import HERE, MORE, shell_line, to_ini
 
 FILE, MODEL_ID, BLOCK = "plan.llamacpp.ini", "planned", 256
 CHECKED = "against our own copy of llama.cpp's names; its server is started on such presets in this package's tests"
@@ -67,7 +67,7 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
     flags = [word for key, value in config.items() if key != "load-on-startup" for word in (f"--{key}", str(value))]
     return Spelled(
         files={FILE: text},
-        run=HERE + "exec " + shell_line(["llama-server", "--models-preset", FILE]),
+        run=HERE + "exec " + shell_line(["llama-server", "--models-preset", FILE, MORE]),
         measure="exec " + shell_line(measure),
         knobs=knobs,
         argv=["llama-server", *flags],

@@ -14,6 +14,7 @@ class Raw(str):
     """A word of shell that is not to be quoted."""
 
 
+MORE = Raw('"$@"')  # flags of the user's own: ports, keys
 DATASET = Raw('"${1:?the path of a dataset}"')
 
 

@@ -11,7 +11,7 @@ from planner.errors import BadInput
 from planner.exporters.contract import Deployed, Spelled, knob, memory_knob
 from planner.exporters.lengths import spell_length
 from planner.exporters.memory import spell_memory
-from planner.exporters.quoting import DATASET, HERE, from_yaml, shell_line, to_yaml
+from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line, to_yaml
 from planner.exporters.within import describe_steps
 
 FILE, ADAPTIVE = "plan.sglang.yaml", "plan.sglang.adaptive.json"
@@ -75,7 +75,7 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
     ]  # fmt: skip
     return Spelled(
         files={FILE: text, **files},
-        run=HERE + "exec " + shell_line(["sglang", "serve", "--config", FILE]),
+        run=HERE + "exec " + shell_line(["sglang", "serve", "--config", FILE, MORE]),
         measure="exec " + shell_line(measure),
         knobs=knobs,
         argv=["sglang", "serve", *(word for key, value in config.items() for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)]))],

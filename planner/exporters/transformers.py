@@ -10,7 +10,7 @@ from planner.engine_rules import DraftRules
 from planner.errors import BadInput
 from planner.exporters.contract import Deployed, Spelled, knob, memory_knob
 from planner.exporters.lengths import spell_length
-from planner.exporters.quoting import HERE, Raw, shell_line
+from planner.exporters.quoting import HERE, MORE, shell_line
 
 CONFIG, SETTINGS, SCRIPT = "generation_config.json", "settings.json", "generate.py"
 CHECKED = "against our own ranges; a generation with such a file is a part of this package's tests"
@@ -93,7 +93,7 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
             knobs.append(knob(name, value, "the model's", "dropped", "transformers keeps caches in the model's dtype"))
     run = ["python3", SCRIPT]
     return Spelled(
-        files=files, run=HERE + "exec " + shell_line([*run, Raw('"$@"')]), measure=HERE + "exec " + shell_line([*run, "--compare", Raw('"$@"')]),
+        files=files, run=HERE + "exec " + shell_line([*run, MORE]), measure=HERE + "exec " + shell_line([*run, "--compare", MORE]),
         knobs=knobs, argv=run,
         notes=["run and measure take the absolute path of a prompt, or standard input",
                *([f"{CONFIG} is to be merged into the one beside the assistant, as {SCRIPT} does, not to replace it"] if what.draft_model else [])],

@@ -9,7 +9,7 @@ from planner.errors import BadInput
 from planner.exporters.contract import Deployed, Spelled, knob, memory_knob
 from planner.exporters.lengths import spell_length
 from planner.exporters.memory import spell_memory
-from planner.exporters.quoting import DATASET, HERE, from_yaml, shell_line, to_yaml
+from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line, to_yaml
 from planner.exporters.within import describe_steps
 from planner.exports import Knob, Step
 
@@ -60,7 +60,7 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
     ]  # fmt: skip
     serve = ["trtllm-serve", what.model, "--config", FILE]
     return Spelled(
-        files={FILE: text}, run=HERE + "exec " + shell_line(serve), measure="exec " + shell_line(measure), knobs=knobs, argv=serve,
+        files={FILE: text}, run=HERE + "exec " + shell_line([*serve, MORE]), measure="exec " + shell_line(measure), knobs=knobs, argv=serve,
         notes=[*notes, "measure takes conversations in ShareGPT's JSON; random tokens would say nothing about acceptance"],
     )  # fmt: skip
 

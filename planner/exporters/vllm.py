@@ -11,7 +11,7 @@ from planner.errors import BadInput
 from planner.exporters.contract import Deployed, Spelled, knob, memory_knob
 from planner.exporters.lengths import spell_length
 from planner.exporters.memory import spell_memory
-from planner.exporters.quoting import DATASET, HERE, from_yaml, shell_line, to_yaml
+from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line, to_yaml
 
 FILE, SWEEP = "plan.vllm.yaml", "sweep.json"
 CHECKED = "against our own copy of vLLM's rules; vLLM itself did not run"
@@ -59,7 +59,7 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
              "-o", "results"]  # fmt: skip
     return Spelled(
         files={FILE: text, SWEEP: json.dumps(variants, indent=1) + "\n"},
-        run=HERE + "exec " + shell_line(["vllm", "serve", "--config", FILE]),
+        run=HERE + "exec " + shell_line(["vllm", "serve", "--config", FILE, MORE]),
         measure="exec " + shell_line([DATASET if word == "prompts.jsonl" else word for word in bench]),
         knobs=knobs,
         argv=["vllm", "serve", *to_argv(config)],
