@@ -26,7 +26,7 @@ from planner.measurements import Head, Profile, encode, fingerprint
 from planner.plans import Interval, Plan, load_plan
 from planner.schedules import Schedule, Setting, load_schedule
 from planner.serving import OFF, ServingProfile, load_any_profile
-from planner.specs import DraftConfig, FullKV, KVPolicy
+from planner.specs import DraftConfig, FullKV, KVPolicy, Objective
 
 SCRIPTS = ("run", "measure", "sweep")
 
@@ -72,10 +72,10 @@ def _from_plan(plan: Plan, asked: AskedExport, rules: DraftRules, profile: Profi
     deployed, knobs = from_plan(plan, asked, rules, plan.chosen)
     allowed = _allowed(rules)
     if rules.name == "planner" or allowed(plan.chosen):
-        fitted, own = fit_engine(deployed, rules, deployed.max_batch)
+        fitted, own = fit_engine(deployed, rules, deployed.max_batch, deployed.draft_len)
         return fitted, own + knobs, [], "the engine takes what was planned"
     if profile is None:
-        fitted, own = fit_engine(deployed, rules, deployed.max_batch)
+        fitted, own = fit_engine(deployed, rules, deployed.max_batch, deployed.draft_len)
         return fitted, own + knobs, [], NOT_COMPUTED
     from planner.search.optimize import make_plan
 
@@ -90,7 +90,7 @@ def _from_plan(plan: Plan, asked: AskedExport, rules: DraftRules, profile: Profi
         allowed=allowed,
     )
     deployed, knobs = from_plan(plan, asked, rules, again.chosen)
-    fitted, own = fit_engine(deployed, rules, deployed.max_batch)
+    fitted, own = fit_engine(deployed, rules, deployed.max_batch, deployed.draft_len)
     before, after = describe_choice(plan.chosen), describe_choice(again.chosen)
     own.insert(0, knob("choice", before, after, "approximated", f"planned again within what {rules.name} can be told"))
     row = _cost(plan.workload.batch, plan.workload.context_len, before, after, plan.speedup, again.speedup)
@@ -115,20 +115,20 @@ def _from_schedule(
         loads = _loads(profile, schedule, chosen, asked)
     knobs = chosen.knobs + knobs
     lacking = static or (not deployed.off and (not known or _kv_lost(deployed, rules)))
-    cost, note = [], "the engine takes what was planned"
+    rows, cost, note = chosen.rows, [], "the engine takes what was planned"
     if lacking and loads is None:
         note = NOT_COMPUTED
     elif lacking:
         rows = _plan_again(loads, schedule, chosen, deployed, rules, static)
         cost = _compare(loads, schedule, chosen, rows)
-        note = f"each over off, by {schedule.objective}, from the same profile; concurrency is what is offered"
-        _, lost = fit_engine(deployed, rules, load) if known else (None, [])
+        note = f"each over off, by {_compared_by(schedule)}, from the same profile; concurrency is what is offered"
+        _, lost = fit_engine(deployed, rules, load, chosen.setting(load).draft_len) if known else (None, [])
         before, after = describe_choice(chosen.setting(load)), describe_choice(setting_at(rows, load))
         again = "" if before == after else f"planned again within what {rules.name} can be told"
         knobs += [own for own in lost if own.fidelity != "exact"]
         knobs.append(knob("choice", f"{before} at {load}", f"{after} at {load}", "approximated" if again else "exact", again))
         deployed, _ = from_rows(rows, chosen, asked, rules, serving)
-    fitted, own = fit_engine(deployed, rules, load)
+    fitted, own = fit_engine(deployed, rules, load, setting_at(rows, load).draft_len)
     if rules.name == "planner":
         fitted = fitted._replace(own=_own(fitted, chosen, loads, profile))
     return fitted, own + [said for said in knobs if said.knob not in {k.knob for k in own}], cost, note
@@ -213,12 +213,15 @@ def _compare(loads, schedule: Schedule, chosen: Chosen, rows) -> list[CostRow]:
         raise BadInput(f"the profile knows no setting {describe_choice(unknown)}, which the schedule names; plan again")
     both = np.array([places[setting] for pair in pairs for setting in pair])
     at = np.repeat(ends, 2)
-    objective = "throughput" if schedule.objective == "goodput" else schedule.objective
-    found = compare_with_off(loads, both, at, np.full(len(at), chosen.context_len), objective)
+    found = compare_with_off(loads, both, at, np.full(len(at), chosen.context_len), _compared_by(schedule))
     return [
         _cost(end, chosen.context_len, *map(describe_choice, pair), found[2 * i].speedup, found[2 * i + 1].speedup)
         for i, (end, pair) in enumerate(zip(ends, pairs, strict=True))
     ]
+
+
+def _compared_by(schedule: Schedule) -> Objective:
+    return "throughput" if schedule.objective == "goodput" else schedule.objective
 
 
 def _cost(concurrency: int, context_len: int, planned: str, exported: str, before: Interval, after: Interval) -> CostRow:

@@ -35,7 +35,7 @@ def spell_memory(what: Deployed, rules: EngineRules) -> float | int | None:
             share = (cap - held) / (total - held)
         case "margin":
             return math.ceil((total - cap) / MIB)
-    share = math.floor(1000 * share) / 1000  # rounded down: it is a cap
+    share = math.floor(1000 * share + 1e-6) / 1000  # rounded down: it is a cap, up to the whole byte that it may lack
     if not 0 < share <= 1:
         raise BadInput(f"{rules.name} needs more than {format_bytes(cap)} of {format_bytes(total)} for anything to fit; raise --memory-cap")
     return share

@@ -14,10 +14,10 @@ def describe_steps(steps: tuple[Step, ...]) -> str:
     return ", ".join(f"{span}: K={step.draft_len}" for span, step in zip(spans, steps, strict=True))
 
 
-def fit_engine(what: Deployed, rules: DraftRules, load: int) -> tuple[Deployed, list[Knob]]:
+def fit_engine(what: Deployed, rules: DraftRules, load: int, draft_len: int) -> tuple[Deployed, list[Knob]]:
     """The deployment with what the engine lacks taken out, and what became of each knob.
 
-    load  running batch that a static draft_len is taken from, where the engine has no schedules
+    draft_len  of the plan at the concurrency `load`, for an engine without schedules
     """
     knobs = []
     if what.off:
@@ -31,10 +31,9 @@ def fit_engine(what: Deployed, rules: DraftRules, load: int) -> tuple[Deployed, 
     elif what.method in rules.scheduled:
         knobs.append(knob("schedule", describe_steps(what.steps), describe_steps(what.steps)))
     else:
-        at = next(step for step in what.steps if step.batch_from <= load <= step.batch_to)
-        static = (Step(batch_from=1, batch_to=what.max_batch, draft_len=at.draft_len),)
-        reason = f"{rules.name} has one draft_len for {what.method} at every load; this is the plan's for a running batch of {load}"
-        knobs.append(knob("schedule", describe_steps(what.steps), f"K={at.draft_len}", "dropped", reason))
+        static = (Step(batch_from=1, batch_to=what.max_batch, draft_len=draft_len),)
+        reason = f"{rules.name} has one draft_len for {what.method} at every load; this is the plan's for a concurrency of {load}"
+        knobs.append(knob("schedule", describe_steps(what.steps), f"K={draft_len}", "dropped", reason))
         what = what._replace(steps=static)
     if what.draft_len == 0:
         knobs.append(knob("drafter", f"{what.method} idle", "off", "exact", ""))

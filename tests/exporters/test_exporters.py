@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from exporters.plans import CASES, write_plans
+from made import DRAFT_MODEL, made_profile
+from made_plans import CASES, write_plans
 
 import planner
 from planner.cli import main
@@ -18,8 +19,10 @@ from planner.engine_rules import DRAFTING, find_drafting
 from planner.errors import BadInput
 from planner.exporters import EXPORTERS, llamacpp, sglang, trtllm, vllm
 from planner.exports import EXPORT_FILE, Export
+from planner.measurements import save_profile
 from planner.plans import load_plan, save_plan
-from planner.schedules import load_schedule
+from planner.schedules import load_schedule, save_schedule
+from planner.specs import FullKV, SparseKV
 
 ENGINES = ["vllm@0.33", "vllm-draft-window", "vllm-ascend", "sglang@0.5.23", "tensorrt-llm@1.4", "tensorrt-llm@1.2", "llama.cpp@b11434",
            "transformers@5.23", "planner"]  # fmt: skip
@@ -338,3 +341,69 @@ def test_the_own_runtimes_command_is_the_plans(made, tmp_path):
     found = export(made, "planner", "static", tmp_path / "p")
     own = [word for word in shlex.split(plan.command) if word not in ("--prompt-file", "PROMPT.txt")]
     assert [word for word in found.argv if word not in ("--execution", "eager")] == [word for word in own if word not in ("--execution", "eager")]
+
+
+def edited(made, name, change, path):
+    """A plan's file with something changed in it."""
+    raw = json.loads(made[0][name].read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def test_edges_follow_the_running_batch_where_it_lags_the_concurrency(made, tmp_path):
+    def half(raw):
+        for pair in raw["estimates"]:
+            for side in ("estimate", "baseline"):
+                pair[side]["running_batch"] = max(1, pair[side]["concurrency"] / 2)
+
+    plain = export(made, "vllm@0.33", "schedule", tmp_path / "a", profile=False)
+    lagging = planner.export(edited(made, "schedule", half, tmp_path / "p.json"), "vllm@0.33", tmp_path / "b", asked_of("vllm", CASES["schedule"]))
+    assert [step.draft_len for step in lagging.steps] == [step.draft_len for step in plain.steps]
+    for after, before in zip(lagging.steps[1:], plain.steps[1:], strict=True):
+        assert abs(after.batch_from - before.batch_from / 2) <= 1
+    assert lagging.steps[-1].batch_to == 256 and fidelity(lagging)["load"] == "approximated" and "load" not in fidelity(plain)
+
+
+def test_rows_behind_the_largest_running_batch_are_left_out_aloud(made, tmp_path):
+    def full(raw):
+        for pair in raw["estimates"]:
+            pair["estimate"]["running_batch"] = min(20.0, pair["estimate"]["concurrency"])
+
+    found = planner.export(edited(made, "schedule", full, tmp_path / "p.json"), "vllm@0.33", tmp_path / "b", asked_of("vllm", CASES["schedule"]))
+    assert max(step.batch_from for step in found.steps) <= 20 and found.steps[-1].batch_to == 256
+    assert "never come" in next(knob.reason for knob in found.knobs if knob.knob == "load")
+
+
+def test_tensorrt_llm_drafts_no_more_than_in_its_first_row(made, tmp_path):
+    def rising(raw):
+        for deployment in raw["deployments"]:
+            for i, row in enumerate(deployment["schedule"]):
+                if deployment["drafter"] == "eagle3":
+                    row["draft_len"] = min(i + 2, 4)
+
+    path = edited(made, "schedule", rising, tmp_path / "p.json")
+    asked = asked_of("tensorrt", CASES["schedule"])
+    found = planner.export(path, "tensorrt-llm@1.4", tmp_path / "t", asked)
+    config = yaml.safe_load((tmp_path / "t" / trtllm.FILE).read_text())["speculative_config"]
+    assert config["max_draft_len"] == 2 and "draft_len_schedule" not in config and fidelity(found)["schedule lengths"] == "approximated"
+
+
+def test_a_schedule_of_the_own_runtime_keeps_its_kv_budget_there_and_loses_it_aloud_elsewhere(tmp_path):
+    kvs = [(DRAFT_MODEL, FullKV()), (DRAFT_MODEL, SparseKV(budget=256, storage="evict"))]
+
+    def costly(kv, draft_len, context_len):
+        return draft_len * (1e-3 if isinstance(kv, SparseKV) else 4e-3), 10e-3 + 1e-3 * draft_len, 1e-4
+
+    save_profile(made_profile(drafters=kvs, round_s=costly, batches={1: costly, 4: costly}, model="org/target"), tmp_path / "own.json")
+    schedule = planner.schedule(tmp_path / "own.json", concurrency=(1, 4), contexts=[1024], objective="throughput")
+    save_schedule(schedule, tmp_path / "s.json")
+    own = planner.export(tmp_path / "s.json", "planner", tmp_path / "p", AskedExport(), profile_path=tmp_path / "own.json")
+    assert "--kv-budget" in own.argv and "folders/a small one" in own.argv and own.cost == []
+    asked = AskedExport(draft_model="org/draft")
+    found = planner.export(tmp_path / "s.json", "vllm", tmp_path / "v", asked, profile_path=tmp_path / "own.json")
+    assert fidelity(found)["kv_budget"] == "dropped" and found.method == "draft_model"
+    assert found.cost and all(row.loss > 0 for row in found.cost)
+    assert all("window" in row.planned and "window" not in row.exported for row in found.cost)
+    with pytest.raises(BadInput, match="--draft-model"):
+        planner.export(tmp_path / "s.json", "vllm", tmp_path / "v", profile_path=tmp_path / "own.json")

@@ -70,6 +70,8 @@ def deployed(**changes) -> Deployed:
 
 def test_vllm_takes_the_cap_as_a_share_of_the_device():
     assert spell_memory(deployed(), find_engine("vllm@0.33")) == 0.75  # 60 of 80 GiB
+    total = int(79.11 * GIB)
+    assert spell_memory(deployed(memory=Memory(total, int(0.9 * total))), find_engine("vllm@0.33")) == 0.9  # though 0.9 of it is no whole byte
 
 
 def test_sglang_keeps_its_reserve_beside_the_share_that_it_is_told():

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from made import DRAFT_MODEL, made_profile
+from made_plans import CASES, write_plans
 from tiny import write_model
 
 import planner
+from planner.cli import main
 from planner.commands.flags import AskedExport
 from planner.errors import PlannerError
 from planner.exporters import llamacpp, transformers
@@ -108,6 +110,28 @@ def ask(port: int, path: str, body: dict | None = None) -> dict:
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
+
+
+def test_the_llama_cpp_server_takes_the_flags_of_all_six_plans(tmp_path):
+    """By its own parser, which comes before the missing model: a flag or a value that it does not know ends it earlier."""
+    program, (plans, profiles) = llama_server(), write_plans(tmp_path)
+    for i, case in enumerate(CASES.values()):
+        asked = case.asked._replace(model="no.gguf", draft_model="no.gguf", max_concurrency=32 if case.varies else None)
+        found = planner.export(plans[case.plan], "llama.cpp", tmp_path / str(i), asked, profile_path=profiles[case.profile])
+        done = subprocess.run([program, *found.argv[1:]], capture_output=True, text=True, timeout=30, check=False)
+        assert "failed to open GGUF" in done.stderr + done.stdout, done.stderr
+    done = subprocess.run([program, *found.argv[1:], "--spec-type", "draft-tree"], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode and "failed to open GGUF" not in done.stderr + done.stdout
+
+
+def test_the_own_runtime_runs_its_own_command(plan, tmp_path, monkeypatch, capsys):
+    models = [str(write_model(tmp_path / name, seed=seed)) for name, seed in (("a target", 0), ("its drafter", 1))]
+    found = planner.export(plan, "planner", tmp_path / "out", AskedExport(model=models[0], draft_model=models[1]))
+    monkeypatch.setattr(sys, "argv", [*found.argv, "--prompt", "one two three one two three", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    answer = json.loads(capsys.readouterr().out)
+    assert not stop.value.code and answer["num_tokens"] == 33 and answer["num_rounds"] >= 32 / (K + 1)
 
 
 @pytest.mark.model
