@@ -122,7 +122,7 @@ def describe_engines(table: tuple[Ranged, ...] = ENGINES) -> str:
     """Engines with the versions that are known of each."""
     names = dict.fromkeys(rules.name for rules in table)
     spans = {name: [rules for rules in table if rules.name == name] for name in names}
-    return ", ".join(f"{name} ({_dotted(rules[0].first)} to {_dotted(rules[-1].last)})" for name, rules in spans.items())
+    return ", ".join(f"{name} ({_range(rules[0].first, rules[-1].last)})" for name, rules in spans.items())
 
 
 def draft_slots(engine: EngineRules, method: str, draft_len: int) -> int:
@@ -141,7 +141,11 @@ def method_of(name: str) -> str:
 
 def span(rules: Ranged) -> str:
     """The versions that rules hold for."""
-    return _dotted(rules.first) if rules.first == rules.last else f"{_dotted(rules.first)} to {_dotted(rules.last)}"
+    return _range(rules.first, rules.last)
+
+
+def _range(first: tuple[int, ...], last: tuple[int, ...]) -> str:
+    return _dotted(first) if first == last else f"{_dotted(first)} to {_dotted(last)}"
 
 
 def _dotted(version: tuple[int, ...]) -> str:

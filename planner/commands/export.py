@@ -79,19 +79,15 @@ def _from_plan(plan: Plan, asked: AskedExport, rules: DraftRules, profile: Profi
         return fitted, own + knobs, [], NOT_COMPUTED
     from planner.search.optimize import make_plan
 
-    cap = plan.memory_cap_bytes
+    original = deployed
     again = make_plan(
-        profile,
-        plan.profile_sha256,
-        plan.workload,
-        objective=plan.objective,
-        memory_cap_bytes=cap,
-        price_per_hour=plan.price_per_hour,
-        allowed=allowed,
-    )
+        profile, plan.profile_sha256, plan.workload, objective=plan.objective, memory_cap_bytes=plan.memory_cap_bytes,
+        price_per_hour=plan.price_per_hour, allowed=allowed,
+    )  # fmt: skip
     deployed, knobs = from_plan(plan, asked, rules, again.chosen)
     fitted, own = fit_engine(deployed, rules, deployed.max_batch, deployed.draft_len)
     before, after = describe_choice(plan.chosen), describe_choice(again.chosen)
+    own += [said for said in _lost(original, rules) if said.knob not in {k.knob for k in own}]
     own.insert(0, knob("choice", before, after, "approximated", f"planned again within what {rules.name} can be told"))
     row = _cost(plan.workload.batch, plan.workload.context_len, before, after, plan.speedup, again.speedup)
     return fitted, own + knobs, [row], f"each over plain decoding, by {plan.objective}, from the same profile"
@@ -110,11 +106,9 @@ def _from_schedule(
         raise BadInput(
             f"{rules.name} has one draft length for {deployed.method} at every load, and the schedule has several; declare the load with --max-concurrency N"
         )
-    loads = None
-    if profile is not None:
-        loads = _loads(profile, schedule, chosen, asked)
     knobs = chosen.knobs + knobs
     lacking = static or (not deployed.off and (not known or _kv_lost(deployed, rules)))
+    loads = _loads(profile, schedule, chosen, asked) if profile is not None and (lacking or rules.name == "planner") else None
     rows, cost, note = chosen.rows, [], "the engine takes what was planned"
     if lacking and loads is None:
         note = NOT_COMPUTED
@@ -122,10 +116,9 @@ def _from_schedule(
         rows = _plan_again(loads, schedule, chosen, deployed, rules, static)
         cost = _compare(loads, schedule, chosen, rows)
         note = f"each over off, by {_compared_by(schedule)}, from the same profile; concurrency is what is offered"
-        _, lost = fit_engine(deployed, rules, load, chosen.setting(load).draft_len) if known else (None, [])
         before, after = describe_choice(chosen.setting(load)), describe_choice(setting_at(rows, load))
         again = "" if before == after else f"planned again within what {rules.name} can be told"
-        knobs += [own for own in lost if own.fidelity != "exact"]
+        knobs += _lost(deployed, rules, chosen.setting(load).draft_len)
         knobs.append(knob("choice", f"{before} at {load}", f"{after} at {load}", "approximated" if again else "exact", again))
         deployed, _ = from_rows(rows, chosen, asked, rules, serving)
     fitted, own = fit_engine(deployed, rules, load, setting_at(rows, load).draft_len)
@@ -135,6 +128,14 @@ def _from_schedule(
 
 
 NOT_COMPUTED = "what the engine lacks costs something that could not be computed without the profile; give --profile"
+
+
+def _lost(deployed: Deployed, rules: DraftRules, draft_len: int | None = None) -> list[Knob]:
+    """What the engine cannot be told of a deployment as it was planned."""
+    if deployed.method not in rules.methods:
+        return [knob("drafter", deployed.method, "another or none", "dropped", f"{rules.name} drafts with {', '.join(rules.methods)}")]
+    _, knobs = fit_engine(deployed, rules, deployed.max_batch, deployed.draft_len if draft_len is None else draft_len)
+    return [said for said in knobs if said.fidelity != "exact"]
 
 
 def _allowed(rules: DraftRules) -> Callable[[DraftConfig], bool]:

@@ -15,6 +15,7 @@ from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line
 
 FILE, SWEEP = "plan.vllm.yaml", "sweep.json"
 CHECKED = "against our own copy of vLLM's rules; vLLM itself did not run"
+SCHEDULE_NOTE = "under a schedule vLLM's V1 runner gives up whole CUDA graphs, and a collapse at an edge was reported (issue 49548): run sweep first"
 METHODS = {"pard": "draft_model"}  # others have the same name; pard is a draft model with parallel_drafting
 MODELLESS = ("ngram", "suffix")
 KV_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4", "int8_per_token_head")
@@ -64,6 +65,7 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
         knobs=knobs,
         argv=["vllm", "serve", *to_argv(config)],
         notes=[
+            *([SCHEDULE_NOTE] if what.scheduled else []),
             "measure takes a JSONL file with a prompt on each line; random tokens would say nothing about acceptance",
             "sweep runs the plan and off, each in a server of its own, on such a file that lies in the folder as prompts.jsonl",
         ],

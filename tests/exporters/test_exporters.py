@@ -58,14 +58,10 @@ def fidelity(found: Export) -> dict[str, str]:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_takes_every_plan_or_says_why_not(made, engine, name, tmp_path):
     folder = tmp_path / "out"
-    if (engine, name) in {(e, n) for e in ("transformers@5.23",) for n in ("schedule", "several contexts")}:
-        found = export(made, engine, name, folder)  # no eagle3: planned again, that is off
-        assert found.method is None and found.cost
-    elif engine == "tensorrt-llm@1.2" and CASES[name].varies:
-        found = export(made, engine, name, folder)
-        assert found.method is None and found.cost  # no eagle3 in the rules of that version
-    else:
-        found = export(made, engine, name, folder)
+    found = export(made, engine, name, folder)
+    headless = engine in ("transformers@5.23", "tensorrt-llm@1.2") and CASES[name].varies  # these know no eagle3: planned again, that is off
+    assert (found.method is None) == (name == "off" or headless)
+    assert bool(found.cost) >= headless
     written = json.loads((folder / EXPORT_FILE).read_text())
     assert msgspec.convert(written, Export) == found
     assert sorted(path.name for path in folder.iterdir()) == sorted([*found.files, EXPORT_FILE])
@@ -73,7 +69,7 @@ def test_every_engine_takes_every_plan_or_says_why_not(made, engine, name, tmp_p
         lines = (folder / script).read_text().splitlines()
         assert len(lines) == 3 and lines[0] == "#!/bin/sh" and (folder / script).stat().st_mode & 0o111
         assert subprocess.run(["sh", "-n", folder / script], check=False).returncode == 0
-    assert (found.method is None) == (name == "off" or not any(step.draft_len for step in found.steps) or found.method is None)
+    assert found.method is None or any(step.draft_len for step in found.steps)
     assert all(knob.reason for knob in found.knobs if knob.fidelity != "exact"), "what is not exact has a reason"
     assert found.steps[0].batch_from == 1
     assert all(b.batch_from == a.batch_to + 1 for a, b in zip(found.steps, found.steps[1:], strict=False))
@@ -150,7 +146,7 @@ def test_a_kv_budget_that_the_engine_lacks_is_planned_around(made, tmp_path):
     plan = load_plan(made[0]["sparse"])
     assert plan.chosen.kv.budget == 256, "the made profile drafts from a window"
     found = export(made, "vllm@0.33", "sparse kv", tmp_path / "v")
-    assert fidelity(found)["choice"] == "approximated" and len(found.cost) == 1
+    assert fidelity(found)["choice"] == "approximated" and fidelity(found)["kv_budget"] == "dropped" and len(found.cost) == 1
     assert found.cost[0].planned_speedup == plan.speedup and found.cost[0].loss > 0
     assert found.cost[0].exported_speedup.value < plan.speedup.value
     blind = export(made, "vllm@0.33", "sparse kv", tmp_path / "v", profile=False)
