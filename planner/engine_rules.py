@@ -1,8 +1,11 @@
-"""What serving engines do with a device's memory, by version: fractions, blocks, draft slots, and which drafters can be windowed.
+"""What serving engines do with a device's memory, by version: fractions, blocks, draft slots, and which drafters can be windowed;
+and what each can be told about drafting, which is what a plan is exported within.
 
 Read off the releases named here; ranges end at the newest one that was read, and others are refused.
 Sources: vLLM arg_utils.py (batch defaults by device), pull requests 30515 and 45197 (graphs in the memory profile), cache.py
-(0.9, then 0.92); SGLang server_args.py (reserve by device); TensorRT-LLM llm_args.py; llama.cpp common/arg.cpp.
+(0.9, then 0.92); SGLang server_args.py (reserve by device); TensorRT-LLM llm_args.py; llama.cpp common/arg.cpp. On drafting: vLLM
+speculative.py of 0.33 (0.32 was run) and pull request 53827, vllm-ascend 10023; SGLang 0.5.23 (run); TensorRT-LLM pull requests 8194 and
+10860; llama.cpp b10434 (run) and b11434; transformers 5.19 (run) and 5.23.
 """
 
 import re
@@ -45,18 +48,65 @@ ENGINES = (
     EngineRules("tensorrt-llm", (1, 0), (1, 4), 0.9, "free", "free_gpu_memory_fraction", 32),
     EngineRules("llama.cpp", (10434,), (11549,), None, "margin", "--fit-target", 256, on_demand=False),
 )  # fmt: skip
-ALIASES = {"trtllm": "tensorrt-llm", "tensorrt_llm": "tensorrt-llm", "llamacpp": "llama.cpp", "llama-cpp": "llama.cpp"}
+ALIASES = {"trtllm": "tensorrt-llm", "tensorrt_llm": "tensorrt-llm", "llamacpp": "llama.cpp", "llama-cpp": "llama.cpp", "hf": "transformers"}
 
+
+class DraftRules(NamedTuple):
+    """What one engine can be told about drafting."""
+
+    name: str
+    first: tuple[int, ...]  # version
+    last: tuple[int, ...]
+    methods: tuple[str, ...]  # drafters it can load
+    scheduled: tuple[str, ...] = ()  # of them, those whose draft_len may follow the running batch
+    windowed: tuple[str, ...] = ()  # those whose drafter takes a kv budget as a window of recent tokens
+    sinks: tuple[str, ...] = ()  # of those, the ones that keep leading tokens beside it
+    max_batch: int | None = None  # requests it drafts for at once
+    schedule_keys: Literal["from", "to"] = "from"  # whether a schedule names the first or the last batch of a row
+
+
+_VLLM = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark", "pard", "ngram", "suffix")
+_VLLM_SCHEDULED = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "ngram")  # both model runners
+_TENSORRT = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark", "pard", "ngram")
+DRAFTING = (
+    DraftRules("vllm", (0, 32), (0, 33), _VLLM, _VLLM_SCHEDULED),
+    DraftRules("vllm-draft-window", (0, 33), (0, 33), _VLLM, _VLLM_SCHEDULED, windowed=("eagle3",)),  # vLLM with pull request 53827
+    DraftRules("vllm-ascend", (0, 27), (0, 27), _VLLM, windowed=("eagle3", "dflash", "dspark")),  # its schedules were not looked at
+    DraftRules(
+        "sglang", (0, 5, 23), (0, 5, 23), ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark", "ngram"), ("eagle", "eagle3"),
+        windowed=("eagle", "eagle3", "mtp", "dflash"), sinks=("eagle", "mtp"),
+    ),
+    DraftRules("tensorrt-llm", (1, 2), (1, 2), ("draft_model", "ngram"), ("draft_model", "ngram")),
+    DraftRules("tensorrt-llm", (1, 4), (1, 4), _TENSORRT, ("draft_model", "eagle", "eagle3", "mtp", "dflash", "pard", "ngram"), schedule_keys="to"),
+    DraftRules("llama.cpp", (10434,), (11549,), ("draft_model", "eagle3", "mtp", "dflash", "dspark", "ngram")),
+    DraftRules("transformers", (5, 19), (5, 23), ("draft_model", "ngram"), max_batch=1),
+    DraftRules(
+        "planner", (0, 1), (0, 1), ("draft_model", "eagle3", "ngram", "self_sparse"), windowed=("draft_model", "self_sparse"),
+        sinks=("draft_model", "self_sparse"), max_batch=1,
+    ),
+)  # fmt: skip
+
+Ranged = EngineRules | DraftRules
 METHODS = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark", "pard", "ngram", "suffix")
 
 
 def find_engine(text: str) -> EngineRules:
     """The rules of `vllm@0.33`, or of the newest version known for `vllm`; BadInput lists what is known."""
+    return _find(text, ENGINES)
+
+
+def find_drafting(text: str) -> tuple[DraftRules, str]:
+    """What the engine `vllm@0.33` can be told about drafting, and its version; without one the newest that is known."""
+    rules = _find(text, DRAFTING)
+    return rules, text.partition("@")[2].strip().lower() or _dotted(rules.last)
+
+
+def _find(text: str, table: tuple[Ranged, ...]) -> Ranged:
     name, at, version = text.strip().lower().partition("@")
     name = ALIASES.get(name, name)
-    known = [rules for rules in ENGINES if rules.name == name]
+    known = [rules for rules in table if rules.name == name]
     if not known:
-        raise BadInput(f"an engine is one of {describe_engines()}, got {text[:80]!r}")
+        raise BadInput(f"an engine is one of {describe_engines(table)}, got {text[:80]!r}")
     if not at:
         return known[-1]
     if not re.fullmatch(r"[vb]?[0-9]{1,6}(\.[0-9]{1,6}){0,3}([a-z]+[0-9]*|\.post[0-9]+)?", version):
@@ -65,14 +115,14 @@ def find_engine(text: str) -> EngineRules:
     for rules in known:
         if rules.first <= numbers[: len(rules.first)] <= rules.last:
             return rules
-    raise BadInput(f"the versions known of {name} are {', '.join(_range(rules) for rules in known)}, got {version}; name one of them")
+    raise BadInput(f"the versions known of {name} are {', '.join(span(rules) for rules in known)}, got {version}; name one of them")
 
 
-def describe_engines() -> str:
+def describe_engines(table: tuple[Ranged, ...] = ENGINES) -> str:
     """Engines with the versions that are known of each."""
-    names = dict.fromkeys(rules.name for rules in ENGINES)
-    spans = {name: [rules for rules in ENGINES if rules.name == name] for name in names}
-    return ", ".join(f"{name} ({_dotted(rules[0].first)} to {_dotted(rules[-1].last)})" for name, rules in spans.items())
+    names = dict.fromkeys(rules.name for rules in table)
+    spans = {name: [rules for rules in table if rules.name == name] for name in names}
+    return ", ".join(f"{name} ({_range(rules[0].first, rules[-1].last)})" for name, rules in spans.items())
 
 
 def draft_slots(engine: EngineRules, method: str, draft_len: int) -> int:
@@ -89,8 +139,13 @@ def method_of(name: str) -> str:
     return next((method for method in METHODS if name.lower() == method or word == method), "draft_model")
 
 
-def _range(rules: EngineRules) -> str:
-    return _dotted(rules.first) if rules.first == rules.last else f"{_dotted(rules.first)} to {_dotted(rules.last)}"
+def span(rules: Ranged) -> str:
+    """The versions that rules hold for."""
+    return _range(rules.first, rules.last)
+
+
+def _range(first: tuple[int, ...], last: tuple[int, ...]) -> str:
+    return _dotted(first) if first == last else f"{_dotted(first)} to {_dotted(last)}"
 
 
 def _dotted(version: tuple[int, ...]) -> str:

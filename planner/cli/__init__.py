@@ -19,7 +19,19 @@ from planner.cli.stopping import Stopped, stoppable
 from planner.errors import PlannerError
 from planner.files import process_rank
 
-for _command in ("profile", "plan", "estimate", "capacity", "check", "sweep", "replay", "generate", "import_", "quickstart"):  # as --help lists them
+for _command in (
+    "profile",
+    "plan",
+    "estimate",
+    "capacity",
+    "check",
+    "export",
+    "sweep",
+    "replay",
+    "generate",
+    "import_",
+    "quickstart",
+):  # as --help lists them
     import_module(f"planner.cli.{_command}")
 
 

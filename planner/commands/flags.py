@@ -34,3 +34,19 @@ class AskedGrid(NamedTuple):
     recent: int = 32
     refresh: int | None = None
     storage: str | None = None
+
+
+class AskedExport(NamedTuple):
+    """What a server is to load and to bear, beside what the plan says. None: as the plan or the profile has it."""
+
+    model: str | None = None
+    drafter: str | None = None  # name in the plan's deployments
+    method: str | None = None
+    draft_model: str | None = None
+    context_len: int | None = None
+    max_concurrency: int | None = None
+    memory_cap_bytes: int | None = None
+    system: str | None = None
+    kv_dtype: str | None = None
+    draft_kv_dtype: str | None = None
+    temperature: float | None = None

@@ -13,14 +13,15 @@ from planner.commands.flags import Asked
 from planner.commands.plan import check_objective, find_workload
 from planner.errors import BadInput
 from planner.files import read_bytes
-from planner.measurements import Head, fingerprint
+from planner.measurements import Head, Profile, fingerprint
 from planner.schedules import Compared, Limits, Schedule, Setting
 from planner.serving import OFF, ServedCell, ServingProfile, load_any_profile
-from planner.specs import Objective
+from planner.specs import Objective, Workload
 from planner.units import MAX_NUMBER
 
 if TYPE_CHECKING:
     from planner.search.loads import Loads
+    from planner.search.runtime_loads import RuntimeLoads
 
 MAX_CELLS = 100_000  # of a table of cells
 CELL_COLUMNS = ("drafter", "draft_len", "concurrency", "context_len")
@@ -74,13 +75,11 @@ def schedule(
     concurrency = concurrency or (min(batches), max(batches))
     weights = None if histogram is None else _weights(histogram, concurrency, contexts)  # before a fit, which takes longer than a look at a table
     if isinstance(profile, ServingProfile):
-        loads, devices = _engine_loads(profile, tensor_parallel, output_len), cells[0].tensor_parallel
+        loads, devices = engine_loads(profile, tensor_parallel, output_len), cells[0].tensor_parallel
         about = {"model": profile.model.name, "system": profile.system.name, "tensor_parallel": devices}
     else:
-        from planner.search.runtime_loads import RuntimeLoads
-
         workload = [find_workload(profile, context_len, output_len, temperature, top_p, top_k) for context_len in contexts][-1]
-        loads, devices = RuntimeLoads(profile, workload.sampler, workload.output_len, concurrency, memory_cap_bytes), 1
+        loads, devices = runtime_loads(profile, workload, concurrency, memory_cap_bytes), 1
         about = {"model": profile.model, "system": profile.device.name, "tensor_parallel": profile.tensor_parallel}
     question = Question(*concurrency, contexts, objective, goodput, weights, None if price_per_hour is None else price_per_hour * devices / 3600)
     about |= {"source": profile.source, "profile_sha256": fingerprint(profile_path)}
@@ -117,7 +116,7 @@ def estimate_served(
     ]
     if severals := next((contexts for _, _, contexts in rows if len(contexts) > 1), None):
         raise BadInput(f"the profile holds several values ({'; '.join(map(str, severals))}); choose one with --isl")
-    loads = _engine_loads(profile, tensor_parallel, output_len, [setting for setting, _, _ in rows])
+    loads = engine_loads(profile, tensor_parallel, output_len, [setting for setting, _, _ in rows])
     places = {setting: i for i, setting in enumerate(loads.settings)}
     asked = np.array([(places[setting], at, contexts[0]) for setting, at, contexts in rows]).T
     return compare_with_off(loads, *asked, objective, None if price_per_hour is None else price_per_hour * own[0].tensor_parallel / 3600)
@@ -144,7 +143,7 @@ def _cells_at(profile: ServingProfile, tensor_parallel: int | None) -> list[Serv
     return [cell for cell in profile.cells if tensor_parallel in (None, cell.tensor_parallel)]
 
 
-def _engine_loads(profile: ServingProfile, tensor_parallel: int | None, output_len: int | None, asked: list[Setting] = ()) -> "Loads":
+def engine_loads(profile: ServingProfile, tensor_parallel: int | None, output_len: int | None, asked: list[Setting] = ()) -> "Loads":
     """Loads of an engine, with the settings `asked` beside the candidates."""
     from planner.cost.serving import fit_serving
     from planner.search.engine_loads import EngineLoads
@@ -156,6 +155,13 @@ def _engine_loads(profile: ServingProfile, tensor_parallel: int | None, output_l
     if output_len is None and len(measured) > 1:
         loads.notes.append(f"outputs are taken as {max(measured)} tokens long, the longest of those measured; --osl sets another length")
     return loads
+
+
+def runtime_loads(profile: Profile, workload: Workload, concurrency: tuple[int, int], memory_cap_bytes: int | None) -> "RuntimeLoads":
+    """Loads of the own runtime, with the workload's sampler and output."""
+    from planner.search.runtime_loads import RuntimeLoads
+
+    return RuntimeLoads(profile, workload.sampler, workload.output_len, concurrency, memory_cap_bytes)
 
 
 def _setting(drafter: str, draft_len: int) -> Setting:

@@ -82,7 +82,7 @@ def kv_pool(model: ModelSize, drafter: ModelSize | None, system: SystemSpec, set
             assumed.append(f"at most {rows:,} requests and {batched:,} tokens in a step: sampler, activations and graphs are sized for them")
         case "static":
             if fraction is None:
-                fraction = _sglang_fraction(memory, ranks, drafter is not None, method)
+                fraction = sglang_fraction(memory, ranks, drafter is not None, method)
             parts = [*weights, Part("context", CONTEXT_BYTES)]
             room = fraction * (memory - CONTEXT_BYTES) - held
             assumed.append(f"{engine.fraction_flag} {fraction:g} of what is free at the start; activations and graphs fit into the rest")
@@ -221,7 +221,7 @@ def _batch_defaults(system: SystemSpec, settings: Settings) -> tuple[int, int]:
     return settings.max_num_seqs or seqs, settings.max_num_batched_tokens or tokens
 
 
-def _sglang_fraction(memory_bytes: float, ranks: int, speculates: bool, method: str) -> float:
+def sglang_fraction(memory_bytes: float, ranks: int, speculates: bool, method: str) -> float:
     """SGLang's own choice of mem_fraction_static, in its MiB."""
     memory = memory_bytes / MIB
     chunk, graphs = 2048, (8, 8)

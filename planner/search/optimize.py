@@ -5,13 +5,16 @@ The space is small (drafters x policies x budgets x draft_len), so all of it is 
 
 import math
 import shlex
+from collections.abc import Callable
 
 import planner
 from planner.errors import BadInput
+from planner.exporters.contract import OwnRuntime
+from planner.exporters.own_runtime import generate_words
 from planner.measurements import Profile
 from planner.plans import Interval, Plan, Rejected, Tie
 from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict, refusal, text_share, with_speedup
-from planner.specs import PLAIN, DraftConfig, Objective, SparseKV, Workload, usual_storage
+from planner.specs import PLAIN, DraftConfig, Objective, Workload
 
 NUM_RUNNERS_UP = 3
 MAX_TIES = 5
@@ -26,8 +29,9 @@ def make_plan(
     objective: Objective,
     memory_cap_bytes: int | None,
     price_per_hour: float | None = None,
+    allowed: Callable[[DraftConfig], bool] = lambda config: True,
 ) -> Plan:
-    """The best configuration of a profile for a workload. Off is a candidate like any other.
+    """The best configuration of a profile for a workload, of those allowed. Off is a candidate like any other.
 
     BadInput if the profile does not cover the workload or nothing fits under the cap, plain decoding included.
     """
@@ -36,7 +40,7 @@ def make_plan(
     if reason := refusal(models, baseline, workload, memory_cap_bytes):
         raise BadInput(f"plain decoding alone {reason}; raise --memory-cap, shorten the context or use a smaller model")
     feasible, refused, unanswered = [baseline], [], []
-    for config in candidates(models):
+    for config in filter(allowed, candidates(models)):
         try:
             prediction = with_speedup(predict(models, config, workload, price_per_hour), baseline, objective)
         except BadInput as error:
@@ -134,31 +138,12 @@ def _what_settles(chosen: Prediction, other: Prediction, gap: Interval) -> str:
 
 def command(profile: Profile, config: DraftConfig, workload: Workload) -> str:
     """The line to paste: the own runtime with the chosen setting."""
-    usual_execution = "native" if profile.device.kind == "cpu" else "eager"
-    launcher = "planner" if profile.tensor_parallel == 1 else f"torchrun --nproc-per-node {profile.tensor_parallel} -m planner.cli"
-    words = [f"{launcher} generate", f"--model {shlex.quote(profile.model)}"]
-    words += [f"--dtype {profile.dtype}"] * (profile.dtype != "bfloat16") + [f"--weights {profile.weights}"] * (profile.weights != "full")
-    words += [f"--rope-theta {profile.rope_theta}"] * (profile.rope_theta is not None)
-    words += [f"--max-context {profile.max_context_len}"] * (profile.max_context_len is not None)
-    words += [f"--execution {profile.execution_mode}"] * (profile.execution_mode != usual_execution) + [f"--drafter {config.drafter.kind}"]
-    words += [f"--draft-model {shlex.quote(config.drafter.path)}"] if config.drafter.path else []
-    words += [f"--draft-dtype {config.drafter.dtype}"] * (config.drafter.dtype is not None)
-    words += [f"--drafter-weights {config.drafter.weights}"] * (config.drafter.weights != "full")
-    words += [f"--drafter-vocab {config.drafter.vocab}"] * (config.drafter.vocab is not None)
-    if isinstance(config.kv, SparseKV):
-        words += [f"--kv-budget {config.kv.budget}", f"--selection {config.kv.selection}"]
-        default = SparseKV(budget=config.kv.budget, selection=config.kv.selection)
-        words += [f"--sink {config.kv.sink}"] * (config.kv.sink != default.sink) + [f"--recent {config.kv.recent}"] * (
-            config.kv.recent != default.recent
-        )
-        words += [f"--refresh {config.kv.refresh}"] * (config.kv.refresh is not None)
-        words += [f"--storage {config.kv.storage}"] * (config.kv.storage != usual_storage(config.drafter.kind, config.kv.refresh))
-    if config.draft_len:
-        words += [f"--draft-len {config.draft_len}"]
-    sampler = workload.sampler
-    words += [f"--temperature {sampler.temperature}", *([f"--top-p {sampler.top_p}"] * (sampler.top_p < 1))]
-    words += [f"--top-k {sampler.top_k}"] * (sampler.top_k > 0) + [f"--max-new-tokens {workload.output_len}", "--prompt-file PROMPT.txt"]
-    return " ".join(words)
+    own = OwnRuntime(config, profile.dtype, profile.execution_mode, profile.weights, profile.rope_theta, profile.max_context_len)
+    usual = "native" if profile.device.kind == "cpu" else "eager"
+    words = generate_words(
+        profile.model, own, workload.sampler, workload.output_len, tensor_parallel=profile.tensor_parallel, usual_execution=usual
+    )  # fmt: skip
+    return shlex.join([*words, "--prompt-file", "PROMPT.txt"])
 
 
 def _notes(models: Models, chosen: Prediction) -> list[str]:

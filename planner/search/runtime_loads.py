@@ -16,7 +16,7 @@ from planner.search.loads import HALF_WIDTH, Forecast
 from planner.search.objective import Prediction, difference, fit_models, predict
 from planner.search.optimize import candidates
 from planner.serving import OFF
-from planner.specs import PLAIN, DrafterSpec, FullKV, Sampler, Workload, describe_drafter
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, Workload, describe_drafter
 from planner.units import format_bytes
 
 
@@ -47,6 +47,10 @@ class RuntimeLoads:
             self.notes.append(f"times are interpolated between the profiled batches {', '.join(map(str, self._batches))}")
         if drafters:
             self.notes.append("an idle drafter was not timed: it is taken to cost what off does, its memory aside")
+
+    def config(self, setting: Setting) -> DraftConfig:
+        """What the runtime is told to run a setting; an idle drafter is off."""
+        return self._configs[self._config_of[self.settings.index(setting)]]
 
     def predict(self, setting: np.ndarray, concurrency: np.ndarray, context_len: np.ndarray) -> Forecast:
         shape, config = np.shape(setting), self._config_of[setting]
