@@ -15,10 +15,11 @@ import numpy as np
 
 import planner
 from planner.plans import Interval
-from planner.schedules import Compared, Deployment, Disagreement, Flip, Schedule, ScheduleRow, SettingTie, describe_setting
+from planner.schedules import Compared, Deployment, Disagreement, Flip, LoadCurve, Schedule, ScheduleRow, SettingTie, describe_setting
 from planner.search.grid import TIED, Grid, Path, Question, choose, evaluate, ratio_sds, some_places, violation
 from planner.search.loads import HALF_WIDTH, Forecast, Loads, compare_with_off, log_interval
 from planner.search.rows import runs
+from planner.serving import OFF
 
 MAX_TIES = 5
 LARGEST = np.log(1e3)  # what a margin is cut at: where nothing else keeps the limits it would be infinite
@@ -70,6 +71,7 @@ def make_schedule(loads: Loads, question: Question, **about) -> Schedule:
         deployments=[deployments[i] for i in order],
         disagreements=_disagreements(grid),
         estimates=_at_ends(grid, chosen),
+        curves=_curves(grid, {(row.drafter, row.kv) for own in (schedule, *rows) for row in own if row.drafter != OFF}),
         num_candidates=grid.forecast.tpot_s.size,
         notes=[
             *loads.notes,
@@ -272,6 +274,26 @@ def _at_ends(grid: Grid, path: Path) -> list[Compared]:
     x, c = np.array(places).T
     asked = grid.asked
     return compare_with_off(grid.loads, path.chosen[x, c], grid.concurrency[c], np.array(asked.contexts)[x], asked.objective, asked.price_per_s)
+
+
+def _curves(grid: Grid, drafters: set[tuple]) -> list[LoadCurve]:
+    """Of off and of every draft_len of these (drafter, kv): predictions at loads that double, and at both ends."""
+    first, last = grid.asked.concurrency_from, grid.asked.concurrency_to
+    places = np.array(sorted({first, *(2**i for i in range(last.bit_length()) if first < 2**i < last), last})) - first
+    f, found = grid.forecast, []
+    for s, what in enumerate(grid.loads.settings):
+        if what.drafter != OFF and (what.drafter, what.kv) not in drafters:
+            continue
+        for x, context_len in enumerate(grid.asked.contexts):
+            c = places[np.isfinite(f.tpot_s[s, x, places])]
+            columns = {
+                "running_batch": f.running, "tokens_per_round": f.tokens_per_round, "round_s": f.round_s, "tpot_s": f.tpot_s,
+                "sd_tokens": f.sd_tokens, "sd_round": f.sd_round, "sd_tpot": f.sd_tpot,
+            }  # fmt: skip
+            if len(c):
+                own = {name: [float(f"{value:.6g}") for value in values[s, x, c]] for name, values in columns.items()}
+                found.append(LoadCurve(setting=what, context_len=context_len, concurrency=grid.concurrency[c].tolist(), **own))
+    return found
 
 
 def _notes(grid: Grid, rows: list[ScheduleRow]) -> list[str]:
