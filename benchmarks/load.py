@@ -343,7 +343,9 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--engines", type=int, default=100, metavar="N", help="how many engines (default 100)")
-    parser.add_argument("--first", type=int, default=100, metavar="SEED", help="the first of them (default 100; 0 to 99 were looked at when planner was written)")
+    parser.add_argument(
+        "--first", type=int, default=100, metavar="SEED", help="the first of them (default 100; 0 to 99 were looked at when planner was written)"
+    )
     parser.add_argument("--drawn", action="store_true", help="inner cells drawn at random instead of staircases")
     args = parser.parse_args()
     seeds = range(args.first, args.first + args.engines)

@@ -42,7 +42,21 @@ def files(*names: str) -> tuple[str, ...]:
 RULES = {
     **{f"{name} never imports torch": Rule(package(name), TORCH) for name in ("cost", "search", "simulator", "exporters", "importers", "engines")},
     "top-level modules import without torch": Rule(
-        files("__init__", "errors", "units", "specs", "measurements", "plans", "serving", "schedules", "capacities", "engine_rules", "systems"),
+        files(
+            "__init__",
+            "errors",
+            "units",
+            "specs",
+            "measurements",
+            "plans",
+            "serving",
+            "schedules",
+            "capacities",
+            "drifts",
+            "canaries",
+            "engine_rules",
+            "systems",
+        ),
         TORCH,
         at_import=True,
     ),

@@ -1,5 +1,5 @@
-"""The command line: parse, call one function, show one report. Exit codes: 0, 1 (the check failed), 2 (bad input, a full disk),
-130 (Ctrl-C), 143 (SIGTERM).
+"""The command line: parse, call one function, show one report. Exit codes: 0, 1 (the check failed), 2 (bad input, a full disk, a
+server that does not answer), 3 (drift: the plan no longer pays), 4 (a canary is not decided), 130 (Ctrl-C), 143 (SIGTERM).
 
 Importing this imports neither torch nor scipy; each command imports what it runs.
 """
@@ -19,7 +19,19 @@ from planner.cli.stopping import Stopped, stoppable
 from planner.errors import PlannerError
 from planner.files import process_rank
 
-for _command in ("profile", "plan", "estimate", "capacity", "check", "sweep", "replay", "generate", "import_", "quickstart"):  # as --help lists them
+for _command in (
+    "profile",
+    "plan",
+    "estimate",
+    "capacity",
+    "check",
+    "drift",
+    "sweep",
+    "replay",
+    "generate",
+    "import_",
+    "quickstart",
+):  # as --help lists them
     import_module(f"planner.cli.{_command}")
 
 
