@@ -35,10 +35,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import planner
 from planner.commands.import_bench import summarise
 from planner.commands.sizes import model_size
+from planner.datasets import expand
 from planner.errors import PlannerError
 from planner.measurements import load_profile, save_profile
 from planner.plans import load_plan, save_plan
-from planner.profiler.texts import draw_prompts, expand
+from planner.profiler.texts import draw_prompts
 from planner.runtime.gguf_file import read_gguf
 from planner.runtime.model import build_model, prefill
 from planner.runtime.tokenizer import load_tokenizer

@@ -35,7 +35,6 @@ class Planned(NamedTuple):
 
     model: str
     objective: str
-    sha256: str
     drafter: str  # that the server has loaded; none: it has none
     rows: list[ScheduleRow]  # of one context, by load
     curves: Curves
@@ -73,7 +72,7 @@ def drift(
         raise BadInput("drift needs --metrics URL of a live server, or --once BEFORE AFTER, two scrapes on disk; give one of them")
     if window_s is not None and not 0 < window_s <= MAX_WINDOW_S or not 0 < interval_s <= MAX_WINDOW_S:
         raise BadInput(f"a window and its interval must be above 0 s and at most a week, got {window_s} s and {interval_s} s; set --window")
-    serving = _load(plan_path)  # before a window passes
+    plan = load_either(plan_path)  # before a window passes
     if once is not None:
         seen = compare_files(*((read_bytes(path, "scrape"), Path(path).name) for path in once), window_s)
     else:
@@ -87,15 +86,14 @@ def drift(
         seen = watch(client, window_s=window_s, interval_s=interval_s, sleep=sleep, clock=clock, advance=progress.advance)
     if not seen.stretches:
         raise ServerError("the server generated nothing while it was watched; watch it under load, or for longer with --window")
-    return judge(serving, fingerprint(plan_path), seen, drafter=drafter, context_len=context_len)
+    return judge(plan, fingerprint(plan_path), seen, drafter=drafter, context_len=context_len)
 
 
 def judge(plan: Plan | Schedule, sha256: str, seen: Watched, *, drafter: str | None, context_len: int | None) -> Drift:
     """What was seen beside the plan. BadInput where the plan predicts nothing of the kind."""
     requests, prompts = sum(own.requests or 0 for own in seen.stretches), sum(own.prompt_tokens for own in seen.stretches)
     prompt_len = round(prompts / requests) if requests and prompts else None
-    describe = _of_schedule if isinstance(plan, Schedule) else _of_plan
-    planned: Planned = describe(plan, sha256, drafter, context_len or prompt_len)
+    planned = describe_plan(plan, drafter, context_len or prompt_len)
     found = look(seen.stretches, planned.curves, lambda load: planned.setting(load).draft_len)
     outside = not planned.first / NEARBY <= found.concurrency <= planned.last * NEARBY
     if outside:  # the nearest prediction stands there for the reader, and decides nothing
@@ -152,7 +150,8 @@ def judge(plan: Plan | Schedule, sha256: str, seen: Watched, *, drafter: str | N
     )
 
 
-def _load(path: str | Path) -> Plan | Schedule:
+def load_either(path: str | Path) -> Plan | Schedule:
+    """A plan or a schedule, by what the file says it is."""
     try:
         kind = msgspec.json.decode(read_bytes(path, "plan"), type=Head).kind
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -160,7 +159,12 @@ def _load(path: str | Path) -> Plan | Schedule:
     return load_schedule(path) if kind == "schedule" else load_plan(path)
 
 
-def _of_schedule(schedule: Schedule, sha256: str, drafter: str | None, context_len: int | None) -> Planned:
+def describe_plan(plan: Plan | Schedule, drafter: str | None, context_len: int | None) -> Planned:
+    """BadInput where it does not say enough to be compared with a server."""
+    return (_of_schedule if isinstance(plan, Schedule) else _of_plan)(plan, drafter, context_len)
+
+
+def _of_schedule(schedule: Schedule, drafter: str | None, context_len: int | None) -> Planned:
     if not schedule.curves:
         raise BadInput("this schedule keeps no predictions between the ends of its rows; make it again with this version of planner plan")
     notes = []
@@ -187,12 +191,10 @@ def _of_schedule(schedule: Schedule, sha256: str, drafter: str | None, context_l
     kv = next((row.kv for row in rows if row.drafter == chosen and row.draft_len), None)  # a server has one kv policy
     drafting = [curve for curve in own if curve.setting.drafter == chosen != OFF and curve.setting.kv == kv]
     curves = Curves(off, drafting, idle=chosen != OFF)
-    return Planned(
-        schedule.model, schedule.objective, sha256, chosen, rows, curves, context, schedule.concurrency_from, schedule.concurrency_to, notes
-    )
+    return Planned(schedule.model, schedule.objective, chosen, rows, curves, context, schedule.concurrency_from, schedule.concurrency_to, notes)
 
 
-def _of_plan(plan: Plan, sha256: str, drafter: str | None, context_len: int | None) -> Planned:
+def _of_plan(plan: Plan, drafter: str | None, context_len: int | None) -> Planned:
     """A plan is for one load: its choice, plain decoding, and what runs the same drafter with another draft_len."""
     if drafter is not None and drafter != plan.chosen.drafter.kind:
         raise BadInput(f"the plan's drafter is {plan.chosen.drafter.kind}, got --drafter {drafter}; drop it, it is for schedules with several")
@@ -219,7 +221,7 @@ def _of_plan(plan: Plan, sha256: str, drafter: str | None, context_len: int | No
         f"a plan is for one load, concurrency {batch}: its times say little of another one; planner plan --max-concurrency A..B makes a schedule"
     ]
     curves = Curves(curve(plan.baseline), drafting)
-    return Planned(plan.model, plan.objective, sha256, setting.drafter, [row], curves, workload.context_len, batch, batch, notes)
+    return Planned(plan.model, plan.objective, setting.drafter, [row], curves, workload.context_len, batch, batch, notes)
 
 
 def _setting(config) -> Setting:

@@ -55,12 +55,13 @@ class Curves:
         return [self._off.setting, *(self._by_len[k].setting for k in sorted(self._by_len))]
 
     def at(self, setting: Setting, concurrency: float) -> Point:
-        """At a load, the nearest predicted one where it lies outside: the caller says so."""
+        """At a load. Outside of the predicted ones the nearest, its times as unsure as they would be if they grew in proportion to load."""
         curve = self._off if setting == self._off.setting else self._by_len[setting.draft_len]
         x, known = np.log(max(concurrency, 1e-9)), np.log(curve.concurrency)
         values = (curve.running_batch, curve.tokens_per_round, curve.round_s, curve.tpot_s)
-        sds = (curve.sd_tokens, curve.sd_round, curve.sd_tpot)
-        return Point(*(float(np.exp(np.interp(x, known, np.log(own)))) for own in values), *(float(np.interp(x, known, own)) for own in sds))
+        tokens, *times = (float(np.interp(x, known, own)) for own in (curve.sd_tokens, curve.sd_round, curve.sd_tpot))
+        beyond = max(0.0, x - known[-1], known[0] - x) / HALF_WIDTH
+        return Point(*(float(np.exp(np.interp(x, known, np.log(own)))) for own in values), tokens, *(math.hypot(sd, beyond) for sd in times))
 
     def off(self, concurrency: float) -> Point:
         return self.at(self._off.setting, concurrency)
