@@ -38,8 +38,9 @@ def made_schedule(first=1, last=256, contexts=(1000,), objective="tpot", sd=0.01
     return make_schedule(TokenLoads(law, {"eagle3": 5}, sd=sd, ttft_s=None), Question(first, last, list(contexts), objective), **ABOUT)
 
 
-def tpot_s(draft_len, concurrency, context_len=1000, drafter="eagle3"):
-    return float(law(drafter if draft_len else "none", draft_len, np.array([concurrency]), context_len)[0][0])
+def tpot_s(draft_len, concurrency, context_len=1000, *, idle=False):
+    """By the law; without drafts of off, or of the idle drafter."""
+    return float(law("eagle3" if draft_len or idle else "none", draft_len, np.array([concurrency]), context_len)[0][0])
 
 
 class FakeEngine:
@@ -48,13 +49,13 @@ class FakeEngine:
     def __init__(self, *, draft_len=3, concurrency=4, gain=GAIN, slower=1.0, engine="vllm", key=None, context_len=1000, noise=0.02, seed=0):
         self.draft_len, self.concurrency, self.gain, self.slower, self.engine, self.key = draft_len, concurrency, gain, slower, engine, key
         self.context_len, self.tpot_s, self.seen, self.failing, self.gauges = context_len, 0.0, [], 0, True
-        self.spread, self.usage, self.cut = 0.0, True, None
+        self.spread, self.usage, self.cut, self.accept_length = 0.0, True, None, 0.0
         self._rng, self._noise, self._lock = np.random.default_rng(seed), noise, threading.Lock()
         self.restart()
 
     def restart(self):
         self.started = getattr(self, "started", 1.7e9) + 1
-        self.counts = {name: 0.0 for name in ("tokens", "decode_s", "rounds", "drafts", "requests")} | {"survived": np.zeros(5)}
+        self.counts = {name: 0.0 for name in ("tokens", "decode_s", "rounds", "drafts", "drafted", "requests")} | {"survived": np.zeros(5)}
 
     def serve(self, seconds):
         """What so many seconds of this load add to the counters."""
@@ -67,11 +68,13 @@ class FakeEngine:
                 alive *= min(1.0, self.gain * float(np.exp(self._noise * self._rng.standard_normal())))
                 survived[i] = alive
             tokens = rounds + survived.sum()
+            self.accept_length = tokens / rounds  # of late, as the gauge says
             for name, value in {
                 "tokens": tokens,
                 "decode_s": n * seconds,
                 "rounds": rounds,
                 "drafts": rounds if K else 0.0,
+                "drafted": rounds * K,
                 "requests": tokens / 128,
                 "survived": survived,
             }.items():
@@ -83,15 +86,14 @@ class FakeEngine:
         labels = 'engine="0",model_name="made"'
         lines = [f"process_start_time_seconds {self.started}"]
         if self.engine == "sglang":
-            length = (c["rounds"] + c["survived"].sum()) / max(c["rounds"], 1e-9)
             values = {
                 "inter_token_latency_seconds_sum": c["decode_s"], "inter_token_latency_seconds_count": c["tokens"],
-                "num_requests_total": c["requests"], "num_running_reqs": self.concurrency, "num_queue_reqs": 0, "spec_accept_length": length if K else 0.0,
+                "num_requests_total": c["requests"], "num_running_reqs": self.concurrency, "num_queue_reqs": 0, "spec_accept_length": self.accept_length if K else 0.0,
             }  # fmt: skip
             return "\n".join([*lines, *(f'sglang:{name}{{tp_rank="0"}} {value}' for name, value in values.items())]) + "\n"
         prefix = "llamacpp:" if self.engine == "llamacpp" else "vllm:"
         values = {
-            "spec_decode_num_drafts_total": c["drafts"], "spec_decode_num_draft_tokens_total": K * c["drafts"],
+            "spec_decode_num_drafts_total": c["drafts"], "spec_decode_num_draft_tokens_total": c["drafted"],
             "spec_decode_num_accepted_tokens_total": c["survived"].sum(),
         }  # fmt: skip
         if prefix == "llamacpp:":
@@ -110,7 +112,11 @@ class FakeEngine:
             if self.gauges:
                 values |= {"num_requests_running": self.concurrency, "num_requests_waiting": 0, "kv_cache_usage_perc": 0.3}
         lines += [f"{prefix}{name}{{{labels}}} {value}" for name, value in values.items()]
-        lines += [f'{prefix}spec_decode_num_accepted_tokens_per_pos_total{{{labels},position="{i}"}} {c["survived"][i]}' for i in range(K)]
+        lines += [
+            f'{prefix}spec_decode_num_accepted_tokens_per_pos_total{{{labels},position="{i}"}} {c["survived"][i]}'
+            for i in range(5)
+            if c["survived"][i] or i < K
+        ]
         return "\n".join(lines) + "\n"
 
     @contextmanager

@@ -22,6 +22,7 @@ from planner.search.rows import runs
 from planner.serving import OFF
 
 MAX_TIES = 5
+MAX_KNOTS, KNOT_ERROR = 48, 0.01  # of the curves that a schedule keeps; the error is relative
 LARGEST = np.log(1e3)  # what a margin is cut at: where nothing else keeps the limits it would be infinite
 
 
@@ -277,23 +278,36 @@ def _at_ends(grid: Grid, path: Path) -> list[Compared]:
 
 
 def _curves(grid: Grid, drafters: set[tuple]) -> list[LoadCurve]:
-    """Of off and of every draft_len of these (drafter, kv): predictions at loads that double, and at both ends."""
-    first, last = grid.asked.concurrency_from, grid.asked.concurrency_to
-    places = np.array(sorted({first, *(2**i for i in range(last.bit_length()) if first < 2**i < last), last})) - first
-    f, found = grid.forecast, []
-    for s, what in enumerate(grid.loads.settings):
-        if what.drafter != OFF and (what.drafter, what.kv) not in drafters:
-            continue
+    """Of off and of every draft_len of these (drafter, kv): predictions at as few loads as keep what is interpolated between them right."""
+    own = [s for s, what in enumerate(grid.loads.settings) if what.drafter == OFF or (what.drafter, what.kv) in drafters]
+    f, found, places = grid.forecast, [], _knots(grid, own)
+    columns = {
+        "running_batch": f.running, "tokens_per_round": f.tokens_per_round, "round_s": f.round_s, "tpot_s": f.tpot_s,
+        "sd_tokens": f.sd_tokens, "sd_round": f.sd_round, "sd_tpot": f.sd_tpot,
+    }  # fmt: skip
+    for s in own:
         for x, context_len in enumerate(grid.asked.contexts):
             c = places[np.isfinite(f.tpot_s[s, x, places])]
-            columns = {
-                "running_batch": f.running, "tokens_per_round": f.tokens_per_round, "round_s": f.round_s, "tpot_s": f.tpot_s,
-                "sd_tokens": f.sd_tokens, "sd_round": f.sd_round, "sd_tpot": f.sd_tpot,
-            }  # fmt: skip
             if len(c):
-                own = {name: [float(f"{value:.6g}") for value in values[s, x, c]] for name, values in columns.items()}
-                found.append(LoadCurve(setting=what, context_len=context_len, concurrency=grid.concurrency[c].tolist(), **own))
+                shown = {name: [float(f"{value:.6g}") for value in values[s, x, c]] for name, values in columns.items()}
+                found.append(LoadCurve(setting=grid.loads.settings[s], context_len=context_len, concurrency=grid.concurrency[c].tolist(), **shown))
     return found
+
+
+def _knots(grid: Grid, settings: list[int]) -> np.ndarray:
+    """Loads between which no time per token is off by more than KNOT_ERROR when it is interpolated on logarithms; more where it bends."""
+    C = len(grid.concurrency)
+    looked_at = np.unique(np.geomspace(1, C, min(C, MAX_KNOTS * 4)).round().astype(int)) - 1
+    x, y = np.log(grid.concurrency[looked_at]), np.log(grid.forecast.tpot_s[settings][:, :, looked_at]).reshape(-1, len(looked_at))
+    y = y[np.isfinite(y).all(1)]  # what cannot run everywhere shares the others' loads
+    knots = [0, len(looked_at) - 1]
+    while len(y) and len(knots) < MAX_KNOTS:
+        knots = sorted(set(knots))
+        error = np.abs([np.interp(x, x[knots], row[knots]) - row for row in y]).max(0)
+        if error.max() <= KNOT_ERROR:
+            break
+        knots.append(int(error.argmax()))
+    return looked_at[sorted(set(knots))]
 
 
 def _notes(grid: Grid, rows: list[ScheduleRow]) -> list[str]:

@@ -113,18 +113,18 @@ def look(stretches: Sequence[Stretch], curves: Curves, planned_len: Callable[[fl
 
     planned_len  load -> draft_len, for an engine that does not count drafts
     """
-    loads = np.array([load_of(own) for own in stretches])
+    loads = [load_of(own) for own in stretches]
     drafts, tokens = (np.array([getattr(own, name) for own in stretches]) for name in ("drafts", "tokens"))
     decode_s = np.array([own.decode_s for own in stretches])
     if not np.all(decode_s > 0):
         raise BadInput("the metrics count generated tokens and no time for them; switch the server's metrics on whole")
     per_draft = [_draft_len(own, planned_len(load)) for own, load in zip(stretches, loads, strict=True)]
-    points = np.array([curves.between(k, load) for k, load in zip(per_draft, loads, strict=True)])  # [n, fields of Point]
-    off = Point(*np.average(np.array([curves.off(load) for load in loads]), axis=0, weights=tokens))
-    by_tokens = Point(*np.average(points, axis=0, weights=tokens))
+    points = [curves.between(k, load) for k, load in zip(per_draft, loads, strict=True)]
+    off = _average([curves.off(load) for load in loads], tokens)
+    by_tokens = _average(points, tokens)
     counted = drafts.sum() > 0
     rounds = np.array([own.rounds or own.tokens / (_emitted(own) or 1.0) for own in stretches])
-    by_rounds = Point(*np.average(points, axis=0, weights=rounds))
+    by_rounds = _average(points, rounds)
     emitted = np.array([_emitted(own) or 1.0 for own in stretches])
     weights = drafts if counted else tokens
     values = np.average(emitted, weights=weights)
@@ -132,7 +132,7 @@ def look(stretches: Sequence[Stretch], curves: Curves, planned_len: Callable[[fl
     if sd_tokens is None:
         sd_tokens = _sd_of_rounds(stretches) if counted else 0.0
     sd_round, sd_tpot = _sd(decode_s, rounds), _sd(decode_s, tokens)
-    predicted_tokens = Point(*np.average(points, axis=0, weights=weights))
+    predicted_tokens = _average(points, weights)
     draft_len, load = float(np.average(per_draft, weights=weights)), float(np.average(loads, weights=tokens))
     return Seen(
         draft_len=draft_len,
@@ -144,8 +144,8 @@ def look(stretches: Sequence[Stretch], curves: Curves, planned_len: Callable[[fl
         off=off,
         setting=by_tokens,
         concurrency=load,
-        concurrency_low=float(loads.min()),
-        concurrency_high=float(loads.max()),
+        concurrency_low=min(loads),
+        concurrency_high=max(loads),
         approximate=sd_tpot is None,
     )
 
@@ -197,6 +197,10 @@ def load_of(own: Stretch) -> float:
     return max(1.0, own.concurrency or busy)
 
 
+def _average(points: Sequence[Point], weights: np.ndarray) -> Point:
+    return Point(*np.average(np.array(points), axis=0, weights=weights).tolist())
+
+
 def _draft_len(own: Stretch, planned: int) -> float:
     if own.drafts:
         return own.drafted / own.drafts
@@ -241,6 +245,7 @@ def _tokens_now(seen: Seen, curves: Curves, draft_len: int) -> tuple[float, bool
 
 def _shift(value: float, sd: float, predicted: float, sd_predicted: float) -> Shift:
     """sd  both of logarithms"""
+    value, predicted = float(value), float(predicted)
     ratio = log_interval(math.log(value / predicted), math.hypot(sd, sd_predicted))
     return Shift(
         measured=log_interval(math.log(value), sd),
