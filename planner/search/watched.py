@@ -126,7 +126,7 @@ def look(stretches: Sequence[Stretch], curves: Curves, planned_len: Callable[[fl
     rounds = np.array([own.rounds or own.tokens / (_emitted(own) or 1.0) for own in stretches])
     by_rounds = _average(points, rounds)
     emitted = np.array([_emitted(own) or 1.0 for own in stretches])
-    weights = drafts if counted else tokens
+    weights = drafts if counted else rounds
     values = np.average(emitted, weights=weights)
     sd_tokens = _sd(weights * emitted, weights)
     if sd_tokens is None:

@@ -85,7 +85,9 @@ def test_acceptance_that_falls_under_way_is_told_from_latency(files, engine):
     assert moved(found) == {"acceptance"} and found.pays == "no" and "no longer pays" in found.verdict
     assert found.speedup.high < 1 < found.speedup_planned
     best = found.choices[0]
-    assert best.setting.draft_len in (0, 1) and best.tpot_s == pytest.approx(_tpot_at(best.setting.draft_len, 0.1), rel=0.05)
+    assert best.setting.draft_len in (0, 1) and best.tpot_s == pytest.approx(
+        _tpot_at(best.setting.draft_len, 0.1), rel=0.05 if engine != "sglang" else 0.15
+    )
     assert any("off" in advice or "K=1" in advice for advice in found.advice)
 
 
