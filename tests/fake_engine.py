@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socket import SO_REUSEADDR, SOL_SOCKET, socket
+from socket import SHUT_RDWR, SO_REUSEADDR, SOL_SOCKET, socket
 
 import numpy as np
 from made_load import LawLoads, roofline
@@ -233,11 +233,14 @@ def misbehave(pieces, *, delay_s=0.0, forever=False, close=True):
                 connection, _ = listener.accept()
             except OSError:
                 return
-            threading.Thread(target=talk, args=(connection,), daemon=True).start()
+            talk(connection)
 
-    threading.Thread(target=accept, daemon=True).start()
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", taken
     finally:
         stop.set()
+        listener.shutdown(SHUT_RDWR)  # wakes accept
         listener.close()
+        thread.join(5)
