@@ -201,6 +201,10 @@ class FakeEngine:
             server.server_close()
 
 
+def _length(request: bytes) -> int:
+    return next((int(line.split(b":")[1]) for line in request.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+
+
 @contextmanager
 def misbehave(pieces, *, delay_s=0.0, forever=False, close=True):
     """The address of a server that reads a request, answers with these pieces, and then closes, or keeps the connection open."""
@@ -211,7 +215,9 @@ def misbehave(pieces, *, delay_s=0.0, forever=False, close=True):
 
     def talk(connection):
         try:
-            request = connection.recv(65536)
+            request = b""
+            while b"\r\n\r\n" not in request or len(request.partition(b"\r\n\r\n")[2]) < _length(request):
+                request += connection.recv(65536)  # whole: closing on what is unread would reset the connection
             taken.append(request)
             while True:
                 for piece in pieces:
