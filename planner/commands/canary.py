@@ -7,8 +7,9 @@ prompts of a group share their moment, so a group counts once in an interval.
 
 import math
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -65,14 +66,14 @@ def canary(
         raise BadInput(f"a canary sends 1 to {MAX_PROMPTS} prompts, got {sum(sizes)} for concurrencies {loads}; change --texts or --max-concurrency")
     context_len, asked = _asked(plan, seed)
     prompts = read_prompts(list(dataset), count=max(sizes) + 1, context_len=context_len, seed=seed)
-    clients = [Client(url, key, bounds) for url in (base_url, baseline_url)]
+    clients = [Client(url.rstrip("/").removesuffix("/v1"), key, bounds) for url in (base_url, baseline_url)]
     if clients[0].name == clients[1].name:
         raise BadInput(f"a canary needs two servers, both addresses are {clients[0].name}; give --baseline-url that of the one without the plan")
     both = [asked._replace(model=_model(client, served_model, plan.model)) for client in clients]
     progress.stage("canary", 2 * (1 + sum(size // load for size, load in zip(sizes, loads, strict=True))))
     cells, objective = [], "tpot" if plan.objective == "tpot" else "throughput"
     predict = _predictions(plan)
-    with ThreadPoolExecutor(loads[-1]) as threads:
+    with _threads(loads[-1], clients) as threads:
         for client, own in zip(clients, both, strict=True):  # not measured: connections, lazily compiled kernels
             _run(threads, client, own, prompts[-1:], bounds)
             progress.advance()
@@ -104,10 +105,27 @@ def canary(
     )
 
 
+@contextmanager
+def _threads(count: int, clients: list[Client]) -> Iterator[ThreadPoolExecutor]:
+    """Where something fails, or Ctrl-C ends it, nobody waits for answers that are under way."""
+    with ThreadPoolExecutor(count) as threads:
+        try:
+            yield threads
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for client in clients:
+                client.abort()
+            raise
+
+
 def _run(threads: ThreadPoolExecutor, client: Client, asked: Asked, prompts: list[Prompt], bounds: Bounds) -> Group:
-    """All prompts at once; the first that fails ends the canary once the others are through, which their bounds see to."""
+    """All prompts at once."""
     begin = time.perf_counter()
     futures = [threads.submit(complete, client, prompt, asked, bounds.total_s) for prompt in prompts]
+    wait(futures, return_when=FIRST_EXCEPTION)
+    for future in futures:
+        if future.done():
+            future.result()  # raises what went wrong, before the others are waited for
     answers = [future.result() for future in futures]
     return Group(wall_s=time.perf_counter() - begin, answers=answers)
 
@@ -221,6 +239,8 @@ def _notes(plan: Plan | Schedule, context_len: int, prompt_len: float, asked: As
         notes.append("a schedule names no sampler: answers were greedy")
         if len(plan.contexts) > 1:
             notes.append(f"the schedule is for several contexts, raw text was cut for the shortest, {context_len}")
+    elif plan.workload.sampler.top_k:
+        notes.append(f"the plan samples with top-k {plan.workload.sampler.top_k}, which completions have no word for: it was left out")
     if abs(prompt_len / context_len - 1) > 0.25:
         notes.append(f"prompts hold {prompt_len:.0f} tokens on average, the plan is for {context_len}")
     answers: list[Answer] = [answer for cell in cells for group in [*cell.groups, *cell.baseline_groups] for answer in group.answers]

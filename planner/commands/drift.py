@@ -177,7 +177,7 @@ def _of_schedule(schedule: Schedule, drafter: str | None, context_len: int | Non
         notes.append(f"prompts are {context_len} tokens long, the schedule is for {context}: plan again for that context")
     named = list(dict.fromkeys(row.drafter for row in schedule.schedule if row.drafter != OFF))
     known = [own.drafter for own in schedule.deployments if own.drafter != OFF]
-    chosen = drafter or schedule.deployment or (named[0] if len(named) == 1 else None if named else OFF)
+    chosen = drafter or schedule.deployment or _only(named) or _only(known) or (None if known else OFF)
     if chosen is None or chosen not in (*known, OFF):
         raise BadInput(
             f"the schedule has drafters {', '.join(known) or 'none'}, got {drafter or 'none named'}; say with --drafter what the server loads"
@@ -190,8 +190,12 @@ def _of_schedule(schedule: Schedule, drafter: str | None, context_len: int | Non
         raise BadInput("the schedule holds no prediction without a drafter at this context; make it again with this version of planner plan")
     kv = next((row.kv for row in rows if row.drafter == chosen and row.draft_len), None)  # a server has one kv policy
     drafting = [curve for curve in own if curve.setting.drafter == chosen != OFF and curve.setting.kv == kv]
-    curves = Curves(off, drafting, idle=chosen != OFF)
+    curves = Curves(off, drafting, idle=any(row.setting.idle for row in rows))
     return Planned(schedule.model, schedule.objective, chosen, rows, curves, context, schedule.concurrency_from, schedule.concurrency_to, notes)
+
+
+def _only(names: list[str]) -> str | None:
+    return names[0] if len(names) == 1 else None
 
 
 def _of_plan(plan: Plan, drafter: str | None, context_len: int | None) -> Planned:

@@ -13,7 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -73,7 +73,7 @@ class Client:
     def __init__(self, url: str, key: Key | None = None, bounds: Bounds = Bounds()):
         """url  http:// or https://, a host, maybe a port and a path that is put before every other"""
         self.scheme, self.host, self.port, self.path = _address(url)
-        self.bounds, self._key = bounds, key
+        self.bounds, self._key, self._open = bounds, key, set()
         self.name = f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}{self.path}"  # as messages call it
 
     def get(self, path: str = "") -> bytes:
@@ -119,6 +119,12 @@ class Client:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise self.trouble(path, f"its JSON is not what was expected: {self.quoted(str(error))}") from None
 
+    def abort(self) -> None:
+        """End whatever other threads are asking; they get a ServerError now, not when their time is up."""
+        for connected in list(self._open):
+            with suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
+
     def trouble(self, path: str, what: str) -> ServerError:
         return ServerError(f"{self.name}{path}: {what}")
 
@@ -138,9 +144,11 @@ class Client:
             headers["Content-Type"] = "application/json"
         if self._key is not None:
             headers["Authorization"] = self._key.header()
-        connection = http.client.HTTPConnection(self.host, self.port)
+        connection, connected = http.client.HTTPConnection(self.host, self.port), None
         try:
-            connection.sock = _Timed(self._connect(bounds), bounds)
+            connected = self._connect(bounds)
+            self._open.add(connected)
+            connection.sock = _Timed(connected, bounds)
             connection.request(method, (self.path + path) or "/", body, headers)
             with connection.getresponse() as answer:
                 self._check(answer, path)
@@ -155,6 +163,7 @@ class Client:
             reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else type(error).__name__
             raise self.trouble(path, f"cannot be talked to: {reason}; does the server run there?") from None
         finally:
+            self._open.discard(connected)
             connection.close()
 
     def _connect(self, bounds: Bounds) -> socket.socket:

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 
 import pytest
 from fake_engine import FakeEngine, made_schedule, misbehave
@@ -116,6 +117,22 @@ def test_a_server_that_breaks_off_ends_it_soon(files, servers):
             canary(files, servers, bounds=Bounds(0.5, 0.3, 0.5))
 
 
+def test_a_failure_does_not_wait_for_answers_under_way(files, servers):
+    """One of three streams breaks off while the others would take ten seconds."""
+    servers[0].tpot_s, began, sent = 0.5, time.perf_counter(), []
+
+    def breaks(client, prompt, asked, total_s):
+        sent.append(prompt)
+        if len(sent) == 4:  # two that are not measured come first
+            raise ServerError("it broke off")
+        return really_complete(client, prompt, asked._replace(output_len=3 if len(sent) < 3 else 24), total_s)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ServerError, match="it broke off"):
+        patch.setattr("planner.commands.canary.complete", breaks)
+        canary(files, servers, concurrency=[3])
+    assert time.perf_counter() - began < 6
+
+
 # ---- on the command line
 
 
@@ -140,7 +157,7 @@ def test_the_exit_code_is_the_verdict_and_the_key_is_nowhere(files, run, servers
         server.key = SECRET
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     threads = threading.active_count()
-    line = f"check @schedule.json --dataset @chats.jsonl --base-url {servers[0].url} --baseline-url {servers[1].url}/ --min-speedup {asked} --max-concurrency 2 --texts 4"
+    line = f"check @schedule.json --dataset @chats.jsonl --base-url {servers[0].url} --baseline-url {servers[1].url}/v1/ --min-speedup {asked} --max-concurrency 2 --texts 4"
     ended, out, err = run(f"{line} -o {tmp_path}/canary.json")
     assert ended == code and ("passes" in out) == (code == 0) and "speedup x" in out
     written = (tmp_path / "canary.json").read_text()

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import threading
 import time
 import traceback
 import zlib
@@ -116,6 +117,19 @@ def test_nobody_there():
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     assert "cannot be talked to" in message_of(lambda: Client(url, Key(SECRET, "x"), QUICK).get("/"))
     assert "cannot be talked to" in message_of(lambda: Client("http://no-such-host.invalid", None, QUICK).get("/"))
+
+
+def test_what_is_asked_can_be_ended_from_elsewhere():
+    with misbehave([], close=False) as (url, taken):
+        client = Client(url, None, Bounds(1.0, 30.0, 30.0))
+
+        def abort():
+            while not taken:
+                time.sleep(0.01)
+            client.abort()
+
+        threading.Thread(target=abort).start()
+        message_of(lambda: client.get("/metrics"))
 
 
 def test_a_plain_server_is_no_https_server():
