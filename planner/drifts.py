@@ -51,7 +51,7 @@ class Drift(Spec, kw_only=True):
     concurrency: Real  # requests in the system, as a generated token sees it: mean over tokens
     concurrency_low: Real
     concurrency_high: Real
-    running_batch: Real | None  # requests that decode at once
+    running_batch: Real | None  # requests that run at once, not waiting
     context_len: Natural | None  # mean prompt
     context_planned: Natural  # whose predictions are compared
     planned: Setting  # what the plan runs at this load

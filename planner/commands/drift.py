@@ -113,20 +113,19 @@ def judge(plan: Plan | Schedule, sha256: str, seen: Watched, *, drafter: str | N
     rounds = found.round_s.measured
     even = Interval(**{bound: getattr(rounds, bound) / found.off.tpot_s for bound in ("value", "low", "high")})
     load_moved, load = _load_moved(planned, found, running, target, outside)
-    watched = {own.seconds for own in seen.stretches}
     return Drift(
         planner_version=planner.__version__,
         plan_sha256=sha256,
         model=planned.model,
         engine=seen.engine,
-        seconds=None if None in watched else sum(own.seconds for own in seen.stretches),
+        seconds=seen.seconds,
         num_scrapes=seen.num_scrapes,
         num_restarts=seen.num_restarts,
         num_failed=seen.num_failed,
         concurrency=found.concurrency,
         concurrency_low=found.concurrency_low,
         concurrency_high=found.concurrency_high,
-        running_batch=None if None in watched else sum(own.decode_s for own in seen.stretches) / sum(own.seconds for own in seen.stretches),
+        running_batch=_running_batch(seen),
         context_len=prompt_len,
         context_planned=planned.context_len,
         planned=target,
@@ -230,6 +229,13 @@ def _of_plan(plan: Plan, drafter: str | None, context_len: int | None) -> Planne
 
 def _setting(config) -> Setting:
     return Setting(drafter=config.drafter.kind, draft_len=config.draft_len, kv=None if isinstance(config.kv, FullKV) else config.kv)
+
+
+def _running_batch(seen: Watched) -> float | None:
+    """By the gauges, since llama.cpp counts time as requests end; without them by Little's law."""
+    if all(own.running is not None for own in seen.stretches):
+        return sum(own.running * own.tokens for own in seen.stretches) / sum(own.tokens for own in seen.stretches)
+    return sum(own.decode_s for own in seen.stretches) / seen.seconds if seen.seconds else None
 
 
 def _off(seen: Seen) -> Interval:

@@ -43,6 +43,7 @@ class Watched(NamedTuple):
 
     engine: str
     stretches: list[Stretch]  # in which something was generated
+    seconds: float | None  # of all, restarts left out; None where nobody took the time
     num_scrapes: int
     num_restarts: int  # a stretch with one in it is left out
     num_failed: int  # scrapes that were not answered
@@ -101,14 +102,15 @@ def watch(
             restarts += 1
             continue
         stretches.append(stretch(after, before, then - at, client.name, "an earlier scrape"))
-    return Watched(ENGINES[found[0][1].prefix], [own for own in stretches if own.tokens > 0], len(found), restarts, failed)
+    seconds = sum(own.seconds for own in stretches)
+    return Watched(ENGINES[found[0][1].prefix], [own for own in stretches if own.tokens > 0], seconds, len(found), restarts, failed)
 
 
 def compare_files(before: tuple[bytes, str], after: tuple[bytes, str], seconds: float | None) -> Watched:
     """What two scrapes on disk, each as (content, name), say; a restart between them is refused."""
     earlier, later = read_scrape(*before), read_scrape(*after)
     own = stretch(later, earlier, seconds, after[1], before[1])
-    return Watched(ENGINES[later.prefix], [own] if own.tokens > 0 else [], 2, 0, 0)
+    return Watched(ENGINES[later.prefix], [own] if own.tokens > 0 else [], seconds, 2, 0, 0)
 
 
 def _scrape(client: Client) -> Scrape:

@@ -80,7 +80,7 @@ def show_drift(drift: Drift, path: str | Path | None) -> None:
 
 def _load(drift: Drift) -> str:
     spread = f" ({drift.concurrency_low:.3g} to {drift.concurrency_high:.3g})" * (drift.concurrency_low < drift.concurrency_high)
-    running = "" if drift.running_batch is None else f", {format_number(drift.running_batch)} decoding"
+    running = "" if drift.running_batch is None else f", {format_number(drift.running_batch)} running"
     context = f", context {drift.context_len}" if drift.context_len else ""
     return f"concurrency {format_number(drift.concurrency)}{spread}{running}{context}; {clean(describe_setting(drift.running))} runs"
 

@@ -158,7 +158,11 @@ def test_without_gauges_the_load_follows_from_time(files):
     server = FakeEngine(draft_len=5, concurrency=4)
     server.gauges = False
     found = drift(files, server)
-    assert found.concurrency == pytest.approx(4, rel=0.01) and moved(found) == set() and any("no running requests" in note for note in found.notes)
+    assert (
+        found.concurrency == pytest.approx(4, rel=0.01) == found.running_batch
+        and moved(found) == set()
+        and any("no running requests" in note for note in found.notes)
+    )
 
 
 def test_the_context_chooses_its_predictions(files):
@@ -248,8 +252,8 @@ def test_two_scrapes_on_disk_decide_the_exit_code(run, tmp_path, gain, code):
     assert ended == code and ("no longer pays" in out) == (code == 3) and "interpolated" in " ".join(out.split())
     ended, out, _ = run(f"drift @schedule.json {once} --json")
     assert ended == code and json.loads(out) == json.loads((tmp_path / "drift.json").read_text())
-    assert json.loads(out)["running_batch"] is None
-    assert json.loads(run(f"drift @schedule.json {once} --window 1h --json")[1])["running_batch"] == pytest.approx(4)
+    assert json.loads(out)["running_batch"] == pytest.approx(4) and json.loads(out)["seconds"] is None
+    assert json.loads(run(f"drift @schedule.json {once} --window 1h --json")[1])["seconds"] == 3600
 
 
 def test_a_live_server_is_watched_in_real_time(run):
