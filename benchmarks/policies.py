@@ -16,9 +16,10 @@ from scipy import stats
 
 from planner.commands.session import open_session
 from planner.cost.renewal import expected_rounds
+from planner.datasets import expand
 from planner.files import Journal
 from planner.profiler.acceptance import replay, write_texts
-from planner.profiler.texts import draw_prompts, expand
+from planner.profiler.texts import draw_prompts
 from planner.runtime.model import prefill
 from planner.specs import DraftConfig, DrafterSpec, Sampler, SparseKV
 

@@ -11,8 +11,9 @@ from scipy import stats
 
 from planner.commands.session import open_session
 from planner.cost.renewal import expected_rounds
+from planner.datasets import expand
 from planner.profiler.acceptance import replay, write_texts
-from planner.profiler.texts import draw_prompts, expand
+from planner.profiler.texts import draw_prompts
 from planner.profiler.trial import run_trials
 from planner.runtime.model import prefill
 from planner.specs import DraftConfig, DrafterSpec, Sampler, SparseKV

@@ -23,7 +23,8 @@ from common import progress, report_tables, texts, wants_json
 from others import Transformers, llama_cpp_name, median_s, open_llama_cpp
 
 from planner.commands.session import open_session
-from planner.profiler.texts import draw_prompts, expand
+from planner.datasets import expand
+from planner.profiler.texts import draw_prompts
 from planner.profiler.timer import PhaseTimer
 from planner.runtime.decode import decode
 from planner.runtime.drafters import make_drafter

@@ -19,10 +19,11 @@ from others import open_llama_cpp
 
 import planner
 from planner.commands.session import Session, open_session
+from planner.datasets import expand
 from planner.errors import BadInput
 from planner.plans import Plan
 from planner.profiler.device import describe_device
-from planner.profiler.texts import Prompt, draw_prompts, expand
+from planner.profiler.texts import Prompt, draw_prompts
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
 from planner.runtime.model import prefill

@@ -1,7 +1,7 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
-The verbs are functions: profile, plan, schedule (a plan by load), estimate, estimate_served, capacity, check, sweep, replay, generate,
-export, import_bench, and load_profile, load_plan for their files.
+The verbs are functions: profile, plan, schedule (a plan by load), estimate, estimate_served, capacity, check, canary, drift, sweep,
+replay, generate, export, import_bench, and load_profile, load_plan for their files.
 """
 
 from importlib import import_module
@@ -17,6 +17,8 @@ _WHERE = {
     "Asked": "planner.commands.flags",
     "capacity": "planner.commands.capacity",
     "check": "planner.commands.check",
+    "canary": "planner.commands.canary",
+    "drift": "planner.commands.drift",
     "sweep": "planner.commands.sweep",
     "replay": "planner.commands.replay",
     "generate": "planner.commands.generate",

@@ -19,3 +19,7 @@ class OutOfMemory(Unfinished):
 
 class MissingExtra(PlannerError, ImportError):
     """A command that needs an optional part of the installation, `specplan[runtime]` for one."""
+
+
+class ServerError(PlannerError):
+    """A server that cannot be reached, or does not answer as it should."""

@@ -3,6 +3,7 @@
 Times are seconds, sizes bytes. Every predicted number is an interval; `low` and `high` bound it at 90 %.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -126,6 +127,28 @@ class Disagreement(Spec, kw_only=True):
     tpot_lost: Real  # by the setting with the best throughput
 
 
+class LoadCurve(Spec, kw_only=True):
+    """What one setting should do as load grows: columns, one entry for each load at which it can run."""
+
+    setting: Setting
+    context_len: Count
+    concurrency: list[Count]  # ascending
+    running_batch: list[Real]
+    tokens_per_round: list[Real]
+    round_s: list[Real]
+    tpot_s: list[Real]
+    sd_tokens: list[Real]  # standard deviations of logarithms
+    sd_round: list[Real]
+    sd_tpot: list[Real]
+
+    def __post_init__(self):
+        columns = [getattr(self, name) for name in self.__struct_fields__[2:]]
+        if not self.concurrency or any(len(column) != len(self.concurrency) for column in columns):
+            raise ValueError(f"columns must have one entry for each of 1 or more loads, got {[len(column) for column in columns]}")
+        if any(a >= b for a, b in pairwise(self.concurrency)) or min(min(column) for column in columns[:5]) <= 0 or min(map(min, columns[5:])) < 0:
+            raise ValueError("loads must ascend, predictions be above 0, and standard deviations not below")
+
+
 class Schedule(Spec, kw_only=True):
     schema_version: Literal[1] = PLAN_SCHEMA_VERSION
     kind: Literal["schedule"] = "schedule"
@@ -150,6 +173,7 @@ class Schedule(Spec, kw_only=True):
     deployments: list[Deployment]  # the best first
     disagreements: list[Disagreement]
     estimates: list[Compared]  # of each row at its ends
+    curves: list[LoadCurve] = []  # of off and of all settings of the drafters that rows use, for what watches a server
     num_candidates: Count  # settings x loads x contexts
     notes: list[Sentence] = []
 

@@ -36,6 +36,15 @@ def parse_share(text: str) -> float:
     return share
 
 
+def parse_seconds(text: str, name: str) -> float:
+    """Seconds in "500ms", "15s", "10m" or "2h". A bare number is refused."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,6})?)\s*(ms|s|m|h)\s*", text, re.ASCII)
+    seconds = float(match[1]) * {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]] if match else 0.0
+    if not seconds > 0:
+        raise BadInput(f"{name} takes a time above 0 with its unit (ms, s, m, h), got {text[:80]!r}; write for example 15s")
+    return seconds
+
+
 def parse_numbers(text: str, kind: type, name: str) -> list:
     """The comma-separated numbers of a flag, in the order given, each once."""
     try:

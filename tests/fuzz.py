@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from benches import MODEL, SYSTEM, metrics, sglang, table, vllm
+from fake_engine import FakeEngine, made_schedule, misbehave
 from gguf import GGUFWriter
 from made import made_profile
 from safetensors.torch import save_file
@@ -35,14 +36,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import planner
 from planner.commands.import_bench import summarise
 from planner.commands.sizes import model_size
+from planner.datasets import expand
+from planner.engines.completions import Asked, Prompt, complete
+from planner.engines.http import Bounds, Client
 from planner.errors import PlannerError
 from planner.measurements import load_profile, save_profile
 from planner.plans import load_plan, save_plan
-from planner.profiler.texts import draw_prompts, expand
+from planner.profiler.texts import draw_prompts
 from planner.runtime.gguf_file import read_gguf
 from planner.runtime.model import build_model, prefill
 from planner.runtime.tokenizer import load_tokenizer
 from planner.runtime.weights import default_model_path, load_checkpoint, read_spec
+from planner.schedules import save_schedule
 from planner.serving import ServingProfile, load_any_profile, save_serving_profile
 
 SECONDS, MEMORY = 5.0, 2**30  # that one file may take
@@ -164,6 +169,32 @@ def write_serving_profile(folder: Path) -> Path:
     return folder / "serving.json"
 
 
+def write_schedule(folder: Path) -> Path:
+    save_schedule(made_schedule(last=64), folder / "schedule.json")
+    write_scrapes(folder)
+    return folder / "schedule.json"
+
+
+def write_scrapes(folder: Path) -> Path:
+    """Two scrapes of a server that ran the schedule for an hour, the later of which is damaged."""
+    engine = FakeEngine(draft_len=5, concurrency=4)
+    for name in ("before", "after"):
+        (folder / name).write_text(engine.metrics())
+        engine.serve(3600)
+    return folder / "after"
+
+
+def write_stream(folder: Path) -> Path:
+    """An answer to a completion, as it goes over the wire."""
+    events = [{"choices": [{"index": 0, "text": word}]} for word in ("the", " cat", " sat")]
+    events.append({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}})
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    pieces = [body[at : at + 40] for at in range(0, len(body), 40)]
+    (folder / "stream").write_text(head + "".join(f"{len(piece):x}\r\n{piece}\r\n" for piece in pieces) + "0\r\n\r\n", newline="")
+    return folder / "stream"
+
+
 # ------------------------------------------------------------------ reading them, as the commands do
 
 
@@ -194,6 +225,24 @@ def read_bench(path: Path) -> ServingProfile:
     return profile
 
 
+def read_schedule(path: Path) -> object:
+    return planner.drift(path, once=(path.parent / "before", path.parent / "after"))
+
+
+def read_scrapes(path: Path) -> object:
+    schedule = path.parent / "schedule.json"
+    if not schedule.exists():
+        save_schedule(made_schedule(last=64), schedule)
+    return planner.drift(schedule, once=(path.parent / "before", path))
+
+
+def read_stream(path: Path) -> object:
+    """In pieces, so that the answer does not come at once."""
+    data = path.read_bytes()
+    with misbehave([data[:200], data[200:]], delay_s=1e-3) as (url, _):
+        return complete(Client(url, bounds=Bounds(1.0, 0.2, 0.5)), Prompt(text="a"), Asked("made", 16, 0.0), 0.5)
+
+
 def read_header(path: Path) -> object:
     os.truncate(path, default_model_path().stat().st_size)  # the weights become zeros that take no room
     return read_spec(path), load_tokenizer(path)
@@ -218,6 +267,9 @@ KINDS = {
     "sglang bench": Kind(write_bench("".join(json.dumps(sglang(max_concurrency=n)) + "\n" for n in (1, 8))), read_bench, "lines"),
     "metrics": Kind(write_bench(metrics()), read_bench, "bytes"),
     "serving profile": Kind(write_serving_profile, load_any_profile, "json"),
+    "schedule": Kind(write_schedule, read_schedule, "json"),
+    "scrapes": Kind(write_scrapes, read_scrapes, "bytes"),
+    "stream": Kind(write_stream, read_stream, "bytes"),
     "real profile": Kind(copy_real_profile, read_profile, "json"),
     "real gguf": Kind(copy_real_header, read_header, "bytes"),
 }
@@ -388,7 +440,10 @@ def fuzz(kind: Kind, count: int, seed: int) -> tuple[Counter, list[Failed]]:
 def _bad_message(message: str, path: Path) -> str | None:
     if not message.strip() or "\n" in message.strip():
         return "not one line"
-    if not any(name in message for name in (path.name, path.parent.name, "profile", "dataset", "the model")):
+    if not any(
+        name in message
+        for name in (path.name, path.parent.name, "profile", "dataset", "the model", "schedule", "the server", "the metrics", "http://127.0.0.1:")
+    ):
         return "does not say what is wrong"
     return "too long" if len(message) > 1000 else None
 

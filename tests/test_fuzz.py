@@ -10,7 +10,8 @@ import pytest
 
 HERE = Path(__file__).parent
 SMALL = ("profile", "plan", "gguf", "safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "dataset")
-BENCHES = ("bench table", "vllm bench", "sglang bench", "metrics", "serving profile")  # quick to read
+BENCHES = ("bench table", "vllm bench", "sglang bench", "metrics", "serving profile", "schedule", "scrapes")  # quick to read
+SERVED = ("stream",)  # over a socket
 REAL = ("real profile", "real gguf")  # large files: a third of a second each
 
 
@@ -48,6 +49,11 @@ def benches():
 @pytest.mark.parametrize("kind", BENCHES)
 def test_damaged_benchmark_files_are_read_or_refused_in_one_line(kind, benches):
     check(benches, kind, 1000)
+
+
+def test_damaged_answers_of_a_server_are_read_or_refused_in_one_line():
+    out = run_fuzz(SERVED, 200)
+    check(out, "stream", 200)
 
 
 @pytest.mark.model

@@ -53,6 +53,8 @@ RULES = {
             "schedules",
             "capacities",
             "exports",
+            "drifts",
+            "canaries",
             "engine_rules",
             "systems",
         ),

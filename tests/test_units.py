@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.errors import BadInput
-from planner.units import BYTES_PER_UNIT, GIB, MAX_NUMBER, format_bytes, parse_bytes, parse_numbers, parse_share
+from planner.units import BYTES_PER_UNIT, GIB, MAX_NUMBER, format_bytes, parse_bytes, parse_numbers, parse_seconds, parse_share
 
 seeded = settings(derandomize=True, deadline=None)
 
@@ -164,3 +164,14 @@ def test_a_list_of_floats_reads_back_finite_and_exact(values):
 def test_bad_input_is_a_value_error_too():
     with pytest.raises(ValueError, match="100 %"):
         parse_share("three")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("500ms", 0.5), ("15s", 15), (" 10 m ", 600), ("1.5h", 5400)])
+def test_times_have_a_unit(text, seconds):
+    assert parse_seconds(text, "--window") == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "10", "0s", "-1s", "1e9s", "nan s", "10d", "10m5s", "٣s", "9" * 20 + "h"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(BadInput, match="--window takes a time above 0 with its unit"):
+        parse_seconds(text, "--window")

@@ -1,5 +1,5 @@
-"""The command line: parse, call one function, show one report. Exit codes: 0, 1 (the check failed), 2 (bad input, a full disk),
-130 (Ctrl-C), 143 (SIGTERM).
+"""The command line: parse, call one function, show one report. Exit codes: 0, 1 (the check failed), 2 (bad input, a full disk, a
+server that does not answer), 3 (drift: the plan no longer pays), 4 (a canary is not decided), 130 (Ctrl-C), 143 (SIGTERM).
 
 Importing this imports neither torch nor scipy; each command imports what it runs.
 """
@@ -26,6 +26,7 @@ for _command in (
     "capacity",
     "check",
     "export",
+    "drift",
     "sweep",
     "replay",
     "generate",

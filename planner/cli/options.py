@@ -28,6 +28,9 @@ MaxContext = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="Holds the server's API key; default: the environment's OPENAI_API_KEY.")
+]
 ProfilePath = Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, as `planner profile` writes it.")]
 Isl = Annotated[int | None, typer.Option("--isl", help="Prompt tokens; default: the profile's only context.")]
 Osl = Annotated[int | None, typer.Option("--osl", help="Generated tokens; default: as long as the profile's texts.")]

@@ -55,9 +55,10 @@ def run_check(
     session: Session, plan: Plan, plan_sha256: str, dataset: Sequence[str], *, num_texts: int, epsilon: float | None, seed: int, progress: Progress
 ) -> Check:  # fmt: skip
     """The same with a model that is already loaded."""
+    from planner.datasets import expand
     from planner.profiler.device import complaints, read_environment
     from planner.profiler.energy import open_counter
-    from planner.profiler.texts import draw_prompts, expand
+    from planner.profiler.texts import draw_prompts
     from planner.profiler.trial import run_trials
     from planner.search.compare import objective_by_text, tied_within
 

@@ -70,9 +70,10 @@ def measure(
     resume: bool = False,
 ) -> Profile:
     """The same with a model that is already loaded."""
+    from planner.datasets import expand
     from planner.profiler.device import complaints, describe_device, read_environment
     from planner.profiler.latency import needs_memory
-    from planner.profiler.texts import digest, draw_prompts, expand
+    from planner.profiler.texts import digest, draw_prompts
     from planner.runtime.weights import dtype_name
 
     settings = checked_settings(settings, session)

@@ -51,8 +51,9 @@ def sweep(
 
     For a batch, texts run side by side in groups of as many, and num_texts is rounded up to whole groups.
     """
+    from planner.datasets import expand
     from planner.profiler.device import complaints, describe_device, read_environment
-    from planner.profiler.texts import digest, draw_prompts, expand
+    from planner.profiler.texts import digest, draw_prompts
 
     if num_trials is not None and num_trials < 2:
         raise BadInput(f"a study compares plain decoding with at least one other, got --trials {num_trials}; raise it")

@@ -1,7 +1,8 @@
-"""Prometheus text of a server's /metrics, of vLLM or llama.cpp: one cell, of all that was served since its start or between two scrapes.
+"""Prometheus text of a server's /metrics: one cell, of all that vLLM or llama.cpp served since its start or between two scrapes.
 
 Names: vLLM 0.33.0, vllm/v1/metrics/loggers.py and vllm/v1/spec_decode/metrics.py; llama.cpp's server has the same counters of
-speculation under its own prefix. The format is read here, strictly: prometheus-client would be a dependency for thirty lines.
+speculation under its own prefix. SGLang's text is read for what watches a server; it counts no drafts, so it makes no cell.
+The format is read here, strictly: prometheus-client would be a dependency for thirty lines.
 
 tpot_s   vLLM: the mean over requests of request_time_per_output_token_seconds, from the first token on, so without queueing.
          llama.cpp: tokens_predicted_seconds_total / tokens_predicted_total.
@@ -12,6 +13,7 @@ output_tokens_per_s   no scrape says how long it took. Where the server timed wh
 
 import math
 import re
+from typing import NamedTuple
 
 from planner.errors import BadInput
 from planner.importers.contract import SLACK, Given, Imported, conditional, decoded, make_cell, settle, shown
@@ -20,22 +22,35 @@ from planner.serving import OFF, ServedCell
 MAX_METRICS_BYTES = 32 * 2**20
 SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?[ \t]+([^ \t]+)(?:[ \t]+-?[0-9]+)?")
 LABEL = re.compile(r'\s*([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"\s*(?:,|$)')
-ENGINES = {"vllm:": "vLLM", "llamacpp:": "llama.cpp"}
+ENGINES = {"vllm:": "vLLM", "llamacpp:": "llama.cpp", "sglang:": "SGLang"}
+GAUGES = ("num_requests_running", "num_requests_waiting", "num_running_reqs", "num_queue_reqs", "requests_processing", "requests_deferred",
+          "spec_accept_length")  # fmt: skip
 POSITIONS = "spec_decode_num_accepted_tokens_per_pos_total"
 STARTED = "process_start_time_seconds"
 
 Counters = dict[tuple[str, int | None], float]  # (name without prefix, position) -> sum over engines
 
 
+class Scrape(NamedTuple):
+    """What one text says, names without the engine's prefix."""
+
+    prefix: str
+    counters: Counters  # and histograms' totals
+    gauges: dict[str, list[float]]  # those of GAUGES that are numbers now, one per engine or rank
+
+
 def read_prometheus(content: bytes, name: str, given: Given, since: tuple[bytes, str] | None = None) -> Imported:
     """The cell of a scrape, or of what lies between `since`, an earlier one as (content, name), and this one."""
-    prefix, counters = _counters(content, name)
-    if since is not None:
-        counters = _difference(counters, _counters(*since), prefix, name, since[1])
-    return Imported([_cell(_Totals(counters, name), prefix, given)], [], ENGINES[prefix])
+    after = read_scrape(content, name)
+    if after.prefix == "sglang:":
+        raise BadInput(f"{name} is of SGLang, whose metrics count no drafts; import what sglang.bench_serving writes")
+    counters = after.counters if since is None else difference(after, read_scrape(*since), name, since[1])
+    return Imported([_cell(Totals(counters, name), after.prefix, given)], [], ENGINES[after.prefix])
 
 
-class _Totals:
+class Totals:
+    """Counters by name, and what follows from them. BadInput names the text."""
+
     def __init__(self, counters: Counters, name: str):
         self.counters, self.name = counters, name
 
@@ -54,7 +69,7 @@ class _Totals:
         return [found[position] for position in range(len(found))]
 
 
-def _cell(totals: _Totals, prefix: str, given: Given) -> ServedCell:
+def _cell(totals: Totals, prefix: str, given: Given) -> ServedCell:
     name, generated = totals.name, None
     if prefix == "vllm:":
         generated, itl = totals.mean("request_generation_tokens"), totals.mean("inter_token_latency_seconds")
@@ -77,7 +92,7 @@ def _cell(totals: _Totals, prefix: str, given: Given) -> ServedCell:
     )  # fmt: skip
 
 
-def _speculation(totals: _Totals, given: Given) -> tuple[str, int, float | None, list[float]]:
+def _speculation(totals: Totals, given: Given) -> tuple[str, int, float | None, list[float]]:
     """Drafter, draft_len, tokens per round and conditional acceptance."""
     name = totals.name
     drafts, drafted, accepted = (totals.get(f"spec_decode_num_{what}_total") for what in ("drafts", "draft_tokens", "accepted_tokens"))
@@ -93,26 +108,39 @@ def _speculation(totals: _Totals, given: Given) -> tuple[str, int, float | None,
     return given.drafter, draft_len, 1 + accepted / drafts, conditional(name, [value / drafts for value in survived])
 
 
-def _difference(after: Counters, earlier: tuple[str, Counters], prefix: str, name: str, before_name: str) -> Counters:
-    before_prefix, before = earlier
-    if before_prefix != prefix:
-        raise BadInput(f"{before_name} must be of the same server as {name}, one is of {ENGINES[before_prefix]}, the other of {ENGINES[prefix]}")
-    if STARTED in {key[0] for key in before.keys() & after.keys()} and before[STARTED, None] != after[STARTED, None]:
+def difference(after: Scrape, before: Scrape, name: str, before_name: str) -> Counters:
+    """What was counted between two scrapes. BadInput where the server was restarted in between."""
+    if before.prefix != after.prefix:
+        raise BadInput(
+            f"{before_name} must be of the same server as {name}, one is of {ENGINES[before.prefix]}, the other of {ENGINES[after.prefix]}"
+        )
+    if _started(before) != _started(after) and None not in (_started(before), _started(after)):
         raise BadInput(f"{name} must be of the same run of the server as {before_name}, it was restarted in between; scrape again")
-    for key, value in before.items():
-        if value > after.get(key, 0.0):
+    for key, value in before.counters.items():
+        if value > after.counters.get(key, 0.0):
             raise BadInput(
-                f"{name}: {key[0]} must not be below that of {before_name} ({value:g}), got {after.get(key, 0.0):g}; the server was restarted, "
-                "or the files are the wrong way round"
+                f"{name}: {key[0]} must not be below that of {before_name} ({value:g}), got {after.counters.get(key, 0.0):g}; "
+                "the server was restarted, or the files are the wrong way round"
             )
-    return {key: value - before.get(key, 0.0) for key, value in after.items()}
+    return {key: value - before.counters.get(key, 0.0) for key, value in after.counters.items()}
 
 
-def _counters(content: bytes, name: str) -> tuple[str, Counters]:
-    """The engine's prefix, and its counters and histograms' totals, summed over its engines. BadInput names the line."""
+def restarted(after: Scrape, before: Scrape) -> bool:
+    """Whether another process of the server counted the later scrape: it began at another time, or a counter fell."""
+    fell = any(value > after.counters.get(key, 0.0) for key, value in before.counters.items())
+    return fell or None not in (_started(before), _started(after)) and _started(before) != _started(after)
+
+
+def _started(scrape: Scrape) -> float | None:
+    return scrape.counters.get((STARTED, None))
+
+
+def read_scrape(content: bytes, name: str) -> Scrape:
+    """One scrape, counters summed over the server's engines. BadInput names the line."""
     if len(content) > MAX_METRICS_BYTES:
         raise BadInput(f"metrics take at most {MAX_METRICS_BYTES} bytes, {name} has {len(content)}")
     counters: Counters = {}
+    gauges: dict[str, list[float]] = {}
     prefixes, models = set(), set()
     for number, line in enumerate(decoded(content, name).split("\n"), 1):
         line = line.strip()
@@ -123,12 +151,15 @@ def _counters(content: bytes, name: str) -> tuple[str, Counters]:
         if labels is None:
             raise BadInput(f"{name}, line {number} is not Prometheus text: {shown(line)}")
         prefix = next((prefix for prefix in ENGINES if match[1].startswith(prefix)), "")
-        if not match[1].endswith(("_total", "_sum", "_count")) and match[1] != STARTED or not prefix and match[1] != STARTED:
+        plain = match[1].removeprefix(prefix)
+        if not plain.endswith(("_total", "_sum", "_count")) and plain not in GAUGES and match[1] != STARTED or not prefix and match[1] != STARTED:
             continue
         try:
             value = float(match[3])
         except ValueError:
             value = math.nan
+        if math.isnan(value) and plain in GAUGES:
+            continue  # not known yet
         if not 0 <= value < 1e18:
             raise BadInput(f"{name}, line {number}: {shown(match[1])} must be a finite number of at least 0, got {shown(match[3])}")
         position = labels.get("position")
@@ -136,13 +167,16 @@ def _counters(content: bytes, name: str) -> tuple[str, Counters]:
             raise BadInput(f"{name}, line {number}: position must be a whole number, got {shown(position)}")
         prefixes.add(prefix)
         models.add(labels.get("model_name", ""))
-        key = match[1].removeprefix(prefix), None if position is None else int(position)
+        if plain in GAUGES:
+            gauges.setdefault(plain, []).append(value)
+            continue
+        key = plain, None if position is None else int(position)
         counters[key] = counters.get(key, 0.0) + value
     if len(prefixes - {""}) != 1:
-        raise BadInput(f"{name} must hold metrics of one engine, with the prefix vllm: or llamacpp:, got {sorted(prefixes - {''}) or 'none'}")
+        raise BadInput(f"{name} must hold metrics of one engine, with the prefix {', '.join(ENGINES)}, got {sorted(prefixes - {''}) or 'none'}")
     if len(models - {""}) > 1:
         raise BadInput(f"{name} must hold metrics of one model, got {shown(sorted(models - {''}))}; scrape one server")
-    return (prefixes - {""}).pop(), counters
+    return Scrape((prefixes - {""}).pop(), counters, gauges)
 
 
 def _labels(text: str) -> dict[str, str] | None:

@@ -5,20 +5,17 @@ Files are taken in turn, kind by kind, so that every kind of text weighs the sam
 """
 
 import hashlib
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
+from planner.datasets import as_text, in_turn, kinds_of, read_chats
 from planner.errors import BadInput
 from planner.files import read_bytes
 from planner.runtime.tokenizer import Tokenizer
-
-MAX_CHATS = 1_000_000
 
 
 class Prompt(NamedTuple):
@@ -51,7 +48,7 @@ def draw_prompts(
     rng = np.random.default_rng(seed)
     taken = _taken(seen)
     by_kind = defaultdict(list)  # kind -> prompts of each of its files, shuffled
-    for path, kind in zip(files, _kinds(files), strict=True):
+    for path, kind in zip(files, kinds_of(files), strict=True):
         content = read_bytes(path, "dataset")
         source = f"{path.name}#{hashlib.sha256(content).hexdigest()[:8]}"  # the same file elsewhere is still the same
         prompts = [Prompt(kind, source, *slot) for slot in _slots(tokenizer, path, content, length)]
@@ -61,22 +58,7 @@ def draw_prompts(
     if available < count:
         unseen = " that the profile did not see" if seen else ""
         raise BadInput(f"{count} prompts of {length} tokens{unseen} are needed, the dataset holds {available}; add files or lower --texts")
-    return _in_turn([_in_turn(files_of_kind, available) for files_of_kind in by_kind.values()], count)
-
-
-def expand(paths: list[str]) -> list[Path]:
-    """Files behind paths; a folder stands for the .txt and .jsonl files in it and below."""
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise BadInput(f"a dataset must exist, {path} does not; check --dataset")
-    if wrong := [file for file in files if file.suffix not in (".txt", ".jsonl")]:
-        raise BadInput(f"a dataset is a .txt file (raw text) or a .jsonl file (chats or prompts), got {wrong[0]}")
-    return files
+    return in_turn([in_turn(files_of_kind, available) for files_of_kind in by_kind.values()], count)
 
 
 def digest(prompts: list[Prompt]) -> str:
@@ -92,10 +74,7 @@ def distinct_4grams(tokens: list[int]) -> float:
 
 def _slots(tokenizer: Tokenizer, path: Path, content: bytes, length: int) -> Iterator[tuple[int, int, list[int]]]:
     """Offset, extent and tokens of the stretches of a file that make one prompt each."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")  # every byte is a character there; old book files are
+    text = as_text(content)
     if path.suffix == ".txt":
         bos = [] if tokenizer.bos_token is None else [tokenizer.bos_token]
         tokens = tokenizer.encode(text)
@@ -103,7 +82,7 @@ def _slots(tokenizer: Tokenizer, path: Path, content: bytes, length: int) -> Ite
         for offset in range(0, len(tokens) - step + 1, step):
             yield offset, step, bos + tokens[offset : offset + step]
     else:
-        yield from _chat_slots(tokenizer, path, _read_chats(path, text), length)
+        yield from _chat_slots(tokenizer, path, read_chats(path, text), length)
 
 
 def _chat_slots(tokenizer: Tokenizer, path: Path, chats: list[list[dict]], length: int) -> Iterator[tuple[int, int, list[int]]]:
@@ -121,49 +100,6 @@ def _chat_slots(tokenizer: Tokenizer, path: Path, chats: list[list[dict]], lengt
         if len(tokens) >= length:
             yield first, index + 1 - first, tokens[-length:]
             first, turns, size = index + 1, [], 0
-
-
-def _read_chats(path: Path, text: str) -> list[list[dict]]:
-    chats = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        if len(chats) >= MAX_CHATS:
-            raise BadInput(f"a dataset holds at most {MAX_CHATS} chats, {path} has more; split it")
-        try:
-            record = msgspec.json.decode(line)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise BadInput(f"{path} line {number} is not JSON: {error}") from None
-        chats.append(_messages(record, f"{path} line {number}"))
-    return chats
-
-
-def _messages(record, where: str) -> list[dict]:
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return [{"role": "user", "content": record["prompt"]}]
-    messages = record.get("messages", record.get("conversations")) if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise BadInput(f"{where} must be an object with `messages` (role, content), `conversations` or `prompt`")
-    roles = {"human": "user", "gpt": "assistant"}  # ShareGPT's words
-    found = []
-    for message in messages:
-        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
-        content = message.get("content", message.get("value")) if isinstance(message, dict) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise BadInput(f"{where}: each message needs a role and a content, both text")
-        found.append({"role": roles.get(role, role), "content": content})
-    return found
-
-
-def _kinds(files: list[Path]) -> list[str]:
-    folders = [file.resolve().parent.name for file in files]
-    return folders if len(set(folders)) > 1 else [file.stem for file in files]
-
-
-def _in_turn(queues: list[list[Prompt]], count: int) -> list[Prompt]:
-    """Up to `count` prompts, one of each queue in turn."""
-    rows = itertools.zip_longest(*queues)
-    return list(itertools.islice((prompt for row in rows for prompt in row if prompt is not None), count))
 
 
 def _taken(seen: list[str]) -> dict[str, list[tuple[int, int]]]:

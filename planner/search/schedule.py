@@ -15,12 +15,14 @@ import numpy as np
 
 import planner
 from planner.plans import Interval
-from planner.schedules import Compared, Deployment, Disagreement, Flip, Schedule, ScheduleRow, SettingTie, describe_setting
+from planner.schedules import Compared, Deployment, Disagreement, Flip, LoadCurve, Schedule, ScheduleRow, SettingTie, describe_setting
 from planner.search.grid import TIED, Grid, Path, Question, choose, evaluate, ratio_sds, some_places, violation
 from planner.search.loads import HALF_WIDTH, Forecast, Loads, compare_with_off, log_interval
 from planner.search.rows import runs
+from planner.serving import OFF
 
 MAX_TIES = 5
+MAX_KNOTS, KNOT_ERROR = 48, 0.01  # of the curves that a schedule keeps; the error is relative
 LARGEST = np.log(1e3)  # what a margin is cut at: where nothing else keeps the limits it would be infinite
 
 
@@ -70,6 +72,7 @@ def make_schedule(loads: Loads, question: Question, **about) -> Schedule:
         deployments=[deployments[i] for i in order],
         disagreements=_disagreements(grid),
         estimates=_at_ends(grid, chosen),
+        curves=_curves(grid, {(row.drafter, row.kv) for own in (schedule, *rows) for row in own if row.drafter != OFF}),
         num_candidates=grid.forecast.tpot_s.size,
         notes=[
             *loads.notes,
@@ -272,6 +275,39 @@ def _at_ends(grid: Grid, path: Path) -> list[Compared]:
     x, c = np.array(places).T
     asked = grid.asked
     return compare_with_off(grid.loads, path.chosen[x, c], grid.concurrency[c], np.array(asked.contexts)[x], asked.objective, asked.price_per_s)
+
+
+def _curves(grid: Grid, drafters: set[tuple]) -> list[LoadCurve]:
+    """Of off and of every draft_len of these (drafter, kv): predictions at as few loads as keep what is interpolated between them right."""
+    own = [s for s, what in enumerate(grid.loads.settings) if what.drafter == OFF or (what.drafter, what.kv) in drafters]
+    f, found, places = grid.forecast, [], _knots(grid, own)
+    columns = {
+        "running_batch": f.running, "tokens_per_round": f.tokens_per_round, "round_s": f.round_s, "tpot_s": f.tpot_s,
+        "sd_tokens": f.sd_tokens, "sd_round": f.sd_round, "sd_tpot": f.sd_tpot,
+    }  # fmt: skip
+    for s in own:
+        for x, context_len in enumerate(grid.asked.contexts):
+            c = places[np.isfinite(f.tpot_s[s, x, places])]
+            if len(c):
+                shown = {name: [float(f"{value:.6g}") for value in values[s, x, c]] for name, values in columns.items()}
+                found.append(LoadCurve(setting=grid.loads.settings[s], context_len=context_len, concurrency=grid.concurrency[c].tolist(), **shown))
+    return found
+
+
+def _knots(grid: Grid, settings: list[int]) -> np.ndarray:
+    """Loads between which no time per token is off by more than KNOT_ERROR when it is interpolated on logarithms; more where it bends."""
+    C = len(grid.concurrency)
+    looked_at = np.unique(np.geomspace(1, C, min(C, MAX_KNOTS * 4)).round().astype(int)) - 1
+    x, y = np.log(grid.concurrency[looked_at]), np.log(grid.forecast.tpot_s[settings][:, :, looked_at]).reshape(-1, len(looked_at))
+    y = y[np.isfinite(y).all(1)]  # what cannot run everywhere shares the others' loads
+    knots = [0, len(looked_at) - 1]
+    while len(y) and len(knots) < MAX_KNOTS:
+        knots = sorted(set(knots))
+        error = np.abs([np.interp(x, x[knots], row[knots]) - row for row in y]).max(0)
+        if error.max() <= KNOT_ERROR:
+            break
+        knots.append(int(error.argmax()))
+    return looked_at[sorted(set(knots))]
 
 
 def _notes(grid: Grid, rows: list[ScheduleRow]) -> list[str]:

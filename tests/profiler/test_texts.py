@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from letters import ANSWER, SYSTEM, USER, LetterTokenizer
 
+from planner.datasets import expand
 from planner.errors import BadInput
-from planner.profiler.texts import distinct_4grams, draw_prompts, expand
+from planner.profiler.texts import distinct_4grams, draw_prompts
 
 TOKENIZER = LetterTokenizer()
 
