@@ -74,6 +74,7 @@ class Client:
         """url  http:// or https://, a host, maybe a port and a path that is put before every other"""
         self.scheme, self.host, self.port, self.path = _address(url)
         self.bounds, self._key, self._open = bounds, key, set()
+        self._aborted = False
         self.name = f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}{self.path}"  # as messages call it
 
     def get(self, path: str = "") -> bytes:
@@ -120,7 +121,8 @@ class Client:
             raise self.trouble(path, f"its JSON is not what was expected: {self.quoted(str(error))}") from None
 
     def abort(self) -> None:
-        """End whatever other threads are asking; they get a ServerError now, not when their time is up."""
+        """End whatever other threads are asking or about to; they get a ServerError now, not when their time is up."""
+        self._aborted = True  # first: who connects meanwhile looks at it
         for connected in list(self._open):
             with suppress(OSError):
                 connected.shutdown(socket.SHUT_RDWR)
@@ -148,6 +150,8 @@ class Client:
         try:
             connected = self._connect(bounds)
             self._open.add(connected)
+            if self._aborted:
+                raise self.trouble(path, "nothing is asked of it any more")
             connection.sock = _Timed(connected, bounds)
             connection.request(method, (self.path + path) or "/", body, headers)
             with connection.getresponse() as answer:
