@@ -265,6 +265,14 @@ class Head(msgspec.Struct):
     kind: str | None = None
 
 
+def kind_of(content: bytes) -> str | None:
+    """The field "kind" of a file, None without one; what is wrong with a broken file is for its reader to say."""
+    try:
+        return msgspec.json.decode(content, type=Head).kind
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def _by_line(value: msgspec.Struct) -> bytes:
     """One line per field, and per element of its lists: compact, and still diffable."""
     parts = []

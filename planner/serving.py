@@ -9,11 +9,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
 from planner.files import read_bytes, write_whole
-from planner.measurements import SCHEMA_VERSION, Head, Name, Profile, Share, decode_checked, encode
+from planner.measurements import SCHEMA_VERSION, Name, Profile, Share, decode_checked, encode, kind_of
 from planner.specs import Count, DraftLen, Positive, Size, Spec
 
 SERVING_SCHEMA_VERSION = 1
@@ -128,11 +127,11 @@ def save_serving_profile(profile: ServingProfile, path: str | Path) -> None:
 def load_any_profile(path: str | Path) -> Profile | ServingProfile:
     """Read and check a profile of either kind, by what it says it is; BadInput names the field that is wrong."""
     content = read_bytes(path, "profile")
-    try:
-        serving = msgspec.json.decode(content, type=Head).kind == "serving"
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        serving = False  # refused below, with what is wrong
-    return decode_serving_profile(content, path) if serving else decode_checked(content, Profile, SCHEMA_VERSION, f"profile {path}")
+    return (
+        decode_serving_profile(content, path)
+        if kind_of(content) == "serving"
+        else decode_checked(content, Profile, SCHEMA_VERSION, f"profile {path}")
+    )
 
 
 def load_serving_profile(path: str | Path) -> ServingProfile:

@@ -15,7 +15,7 @@ from planner.engines.http import Bounds, Client, Key
 from planner.engines.metrics import Watched, compare_files, watch
 from planner.errors import BadInput, ServerError
 from planner.files import read_bytes
-from planner.measurements import Head, fingerprint
+from planner.measurements import fingerprint, kind_of
 from planner.plans import Estimate, Interval, Plan, load_plan
 from planner.schedules import LoadCurve, Schedule, ScheduleRow, Setting, describe_setting, load_schedule
 from planner.search.loads import HALF_WIDTH
@@ -151,11 +151,7 @@ def judge(plan: Plan | Schedule, sha256: str, seen: Watched, *, drafter: str | N
 
 def load_either(path: str | Path) -> Plan | Schedule:
     """A plan or a schedule, by what the file says it is."""
-    try:
-        kind = msgspec.json.decode(read_bytes(path, "plan"), type=Head).kind
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        kind = None  # refused below, with what is wrong
-    return load_schedule(path) if kind == "schedule" else load_plan(path)
+    return load_schedule(path) if kind_of(read_bytes(path, "plan")) == "schedule" else load_plan(path)
 
 
 def describe_plan(plan: Plan | Schedule, drafter: str | None, context_len: int | None) -> Planned:

@@ -6,7 +6,6 @@ With the profile, what an engine lacks makes the planner plan again within that 
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 import planner
@@ -22,7 +21,7 @@ from planner.exporters.quoting import SCRIPT
 from planner.exporters.within import fit_engine
 from planner.exports import EXPORT_FILE, CostRow, Export, Knob
 from planner.files import read_bytes, write_whole
-from planner.measurements import Head, Profile, encode, fingerprint
+from planner.measurements import Profile, encode, fingerprint, kind_of
 from planner.plans import Interval, Plan, load_plan
 from planner.schedules import Schedule, Setting, load_schedule
 from planner.serving import OFF, ServingProfile, load_any_profile
@@ -242,10 +241,7 @@ def _own(fitted: Deployed, chosen: Chosen, loads, profile: Profile | ServingProf
 
 
 def _is_schedule(path: str | Path) -> bool:
-    try:
-        return msgspec.json.decode(read_bytes(path, "plan"), type=Head).kind == "schedule"
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False  # refused by the reader of plans, with what is wrong
+    return kind_of(read_bytes(path, "plan")) == "schedule"
 
 
 def _check_folder(folder: Path) -> bool:
@@ -260,11 +256,7 @@ def _check_folder(folder: Path) -> bool:
     if not names:
         return False
     about = folder / EXPORT_FILE
-    try:
-        earlier = about.is_file() and msgspec.json.decode(read_bytes(about, "export"), type=Head).kind == "export"
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        earlier = False
-    if not earlier:
+    if not (about.is_file() and kind_of(read_bytes(about, "export")) == "export"):
         raise BadInput(f"the folder must be new, empty or hold an earlier export, {folder} holds {names[0][:80]!r}; change -o")
     return True
 

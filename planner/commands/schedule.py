@@ -5,7 +5,6 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from planner.commands.configs import valid
@@ -13,7 +12,7 @@ from planner.commands.flags import Asked
 from planner.commands.plan import check_objective, find_workload
 from planner.errors import BadInput
 from planner.files import read_bytes
-from planner.measurements import Head, Profile, fingerprint
+from planner.measurements import Profile, fingerprint, kind_of
 from planner.schedules import Compared, Limits, Schedule, Setting
 from planner.serving import OFF, ServedCell, ServingProfile, load_any_profile
 from planner.specs import Objective, Workload
@@ -28,11 +27,8 @@ CELL_COLUMNS = ("drafter", "draft_len", "concurrency", "context_len")
 
 
 def is_serving(profile_path: str | Path) -> bool:
-    """Whether a profile says it is a serving engine's; what is wrong with a file is for its reader to say."""
-    try:
-        return msgspec.json.decode(read_bytes(profile_path, "profile"), type=Head).kind == "serving"
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False
+    """Whether a profile says it is a serving engine's."""
+    return kind_of(read_bytes(profile_path, "profile")) == "serving"
 
 
 def schedule(
