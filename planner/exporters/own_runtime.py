@@ -2,6 +2,8 @@
 
 import shlex
 
+import msgspec
+
 from planner.engine_rules import DraftRules
 from planner.errors import BadInput
 from planner.exporters.contract import Deployed, OwnRuntime, Spelled, knob, memory_knob
@@ -45,9 +47,9 @@ def _drafter_words(config: DraftConfig) -> list[str]:
 
 
 def _kv_words(kind: str, kv: SparseKV) -> list[str]:
-    usual = SparseKV(budget=kv.budget, selection=kv.selection)
+    usual = {field.name: field.default for field in msgspec.structs.fields(SparseKV)}  # a small budget does not hold them
     words = ["--kv-budget", str(kv.budget), "--selection", kv.selection]
-    words += ["--sink", str(kv.sink)] * (kv.sink != usual.sink) + ["--recent", str(kv.recent)] * (kv.recent != usual.recent)
+    words += ["--sink", str(kv.sink)] * (kv.sink != usual["sink"]) + ["--recent", str(kv.recent)] * (kv.recent != usual["recent"])
     words += ["--refresh", str(kv.refresh)] * (kv.refresh is not None)
     return words + ["--storage", kv.storage] * (kv.storage != usual_storage(kind, kv.refresh))
 

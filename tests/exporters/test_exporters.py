@@ -18,11 +18,13 @@ from planner.commands.flags import AskedExport
 from planner.engine_rules import DRAFTING, find_drafting
 from planner.errors import BadInput
 from planner.exporters import EXPORTERS, llamacpp, sglang, trtllm, vllm
+from planner.exporters.contract import OwnRuntime
+from planner.exporters.own_runtime import generate_words
 from planner.exports import EXPORT_FILE, Export
 from planner.measurements import save_profile
 from planner.plans import load_plan, save_plan
 from planner.schedules import load_schedule, save_schedule
-from planner.specs import FullKV, SparseKV
+from planner.specs import DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV
 
 ENGINES = ["vllm@0.33", "vllm-draft-window", "vllm-ascend", "sglang@0.5.23", "tensorrt-llm@1.4", "tensorrt-llm@1.2", "llama.cpp@b11434",
            "transformers@5.23", "planner"]  # fmt: skip
@@ -337,6 +339,17 @@ def test_the_own_runtimes_command_is_the_plans(made, tmp_path):
     found = export(made, "planner", "static", tmp_path / "p")
     own = [word for word in shlex.split(plan.command) if word not in ("--prompt-file", "PROMPT.txt")]
     assert [word for word in found.argv if word not in ("--execution", "eager")] == [word for word in own if word not in ("--execution", "eager")]
+
+
+def test_a_budget_too_small_for_the_usual_window_is_spelled_as_it_is():
+    """24 tokens with 8 recent ones are a valid cache, though 4 sinks and the usual 32 recent ones do not fit into it."""
+    kv = SparseKV(budget=24, sink=0, recent=8)
+    config = DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=kv, draft_len=2)
+    words = generate_words("m", OwnRuntime(config, "float32", "eager", "full", None, None), Sampler(), 16)
+    assert words[words.index("--kv-budget") :][:8] == ["--kv-budget", "24", "--selection", "window", "--sink", "0", "--recent", "8"]
+    usual = DraftConfig(drafter=config.drafter, kv=SparseKV(budget=64), draft_len=2)
+    usual = generate_words("m", OwnRuntime(usual, "float32", "eager", "full", None, None), Sampler(), 16)
+    assert not {"--sink", "--recent"} & set(usual)
 
 
 def edited(made, name, change, path):
