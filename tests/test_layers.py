@@ -55,6 +55,7 @@ RULES = {
             "exports",
             "drifts",
             "canaries",
+            "tunings",
             "engine_rules",
             "systems",
         ),

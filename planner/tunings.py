@@ -1,0 +1,111 @@
+"""A Tuning: what a user's own engine was measured to do, what to set at each load, and how that held on prompts not used. Plain JSON.
+
+Times are seconds, sizes bytes. Intervals hold at 90 %.
+"""
+
+from typing import Literal
+
+from planner.canaries import Answer
+from planner.exports import Step
+from planner.measurements import Name, Natural
+from planner.plans import PLAN_SCHEMA_VERSION, Interval, Real, Sentence
+from planner.schedules import Setting
+from planner.serving import OFF
+from planner.specs import Count, DraftLen, Objective, Spec
+
+
+class Counted(Spec, kw_only=True):
+    """What an engine counted while a load ran against it."""
+
+    tokens: Real  # generated, first tokens of requests left out
+    drafts: Real = 0.0  # rounds that drafted
+    drafted: Real = 0.0  # tokens
+    accepted: Real = 0.0
+    survived: list[Real] = []  # [i] rounds in which draft i was accepted; empty where the engine does not say
+
+    @property
+    def rounds(self) -> float:
+        """Of all requests, those that drafted nothing among them: each leaves one token beside those accepted."""
+        return self.tokens - self.accepted
+
+
+class Pool(Spec, kw_only=True):
+    """Room for keys and values, as the server said when it started, beside what was computed for it."""
+
+    tokens: Natural | None = None
+    bytes: Natural | None = None
+    expected_tokens: Natural | None = None  # None: not enough is known of the model or the device
+    expected_bytes: Natural | None = None
+
+
+class Launch(Spec, kw_only=True):
+    """One start of the server, or one server that was there."""
+
+    drafter: Name = OFF
+    steps: list[Step] = []  # by running batch; empty for a server that was there
+    command: list[str] = []  # without keys
+    ready_s: Real = 0.0  # from its start until it answered
+    pool: Pool | None = None
+    warnings: list[Sentence] = []  # of the engine's own, that say a setting is not in force
+
+
+class Run(Spec, kw_only=True):
+    """One load against one launch: requests of which `concurrency` are in the system all the time."""
+
+    launch: Natural  # place among the launches
+    setting: Setting  # as the server was told for this load
+    concurrency: Count
+    answers: list[Answer]
+    wall_s: Real
+    sent: Count  # requests, those that only kept the load up among them
+    degenerate: Natural = 0  # answers that repeat themselves, left out
+    short: Natural = 0  # answers of fewer than 2 tokens, left out
+    counted: Counted | None = None  # None: the engine counts nothing
+
+
+class Defect(Spec, kw_only=True):
+    """What the engine does otherwise than it was told, or than it should."""
+
+    name: Literal["draft_len ignored", "idle drafter", "collapse", "never accepted", "starved", "warned"]
+    what: Sentence  # with figures
+    known_as: Sentence = ""  # an issue or pull request of the engine, where it is known
+    remedy: Sentence = ""
+
+
+class CheckedLoad(Spec, kw_only=True):
+    """A setting at a load, on prompts that were not used before: what was predicted and what was measured."""
+
+    setting: Setting
+    role: Literal["chosen", "off", "yours"]
+    concurrency: Count
+    predicted_tpot_s: Interval
+    measured_tpot_s: Interval
+    predicted_output_tokens_per_s: Interval
+    measured_output_tokens_per_s: Interval
+    gain: Interval | None = None  # of what was chosen over this, in the objective, relatively, prompt by prompt; None for the choice itself
+
+
+class Tuning(Spec, kw_only=True):
+    schema_version: Literal[1] = PLAN_SCHEMA_VERSION
+    kind: Literal["tuning"] = "tuning"
+    planner_version: Name
+    engine: Name
+    engine_version: Name  # empty: the engine does not say
+    method: Name
+    draft_model: Name | None
+    objective: Objective
+    minutes: Real
+    requests: Natural
+    launches: list[Launch]
+    runs: list[Run]
+    profile: Name  # file names inside the folder
+    schedule: Name
+    chosen: list[Step]  # what the server is told, by running batch; one step of 0: off
+    yours: Setting | None  # what the given command says
+    predicted_gain: Interval | None  # of the choice over yours, over all loads, relatively; None without yours
+    paste: str  # what to add to the command, as shell words; empty: nothing
+    checked: list[CheckedLoad]
+    max_draft_len: DraftLen
+    defects: list[Defect] = []
+    cut: list[Sentence] = []  # what a bound left unmeasured
+    notes: list[Sentence] = []
