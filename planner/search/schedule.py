@@ -17,13 +17,13 @@ import planner
 from planner.plans import Interval
 from planner.schedules import Compared, Deployment, Disagreement, Flip, LoadCurve, Schedule, ScheduleRow, SettingTie, describe_setting
 from planner.search.grid import TIED, Grid, Path, Question, choose, evaluate, ratio_sds, some_places, violation
-from planner.search.loads import HALF_WIDTH, Forecast, Loads, compare_with_off, log_interval
+from planner.search.loads import HALF_WIDTH, Forecast, Loads, compare_with_off
 from planner.search.rows import runs
+from planner.search.totals import LARGEST, counts_of, gains, relative, total
 from planner.serving import OFF
 
 MAX_TIES = 5
 MAX_KNOTS, KNOT_ERROR = 48, 0.01  # of the curves that a schedule keeps; the error is relative
-LARGEST = np.log(1e3)  # what a margin is cut at: where nothing else keeps the limits it would be infinite
 
 
 def make_schedule(loads: Loads, question: Question, **about) -> Schedule:
@@ -37,19 +37,19 @@ def make_schedule(loads: Loads, question: Question, **about) -> Schedule:
     }
     able = {name: own for name, own in members.items() if np.isfinite(grid.forecast.tpot_s[own]).any(0).all()}
     free, *paths = choose(grid, [grid.free, *able.values()], question.objective)
-    counts = _counts(grid, free)
-    totals = [_total(grid, path.chosen, counts) for path in paths]
-    best, off = _total(grid, free.best, counts)[0], totals[0][0]
+    counts = counts_of(grid, free.best)
+    totals = [total(grid, path.chosen, counts) for path in paths]
+    best, off = total(grid, free.best, counts)[0], totals[0][0]
     free_rows, *rows = _rows(grid, [free, *paths])
     deployments = [
         Deployment(
             drafter=name,
             schedule=own,
-            loss=max(0.0, -float(np.expm1(total - best))) if np.isfinite(best) else 0.0,
+            loss=max(0.0, -float(np.expm1(gained - best))) if np.isfinite(best) else 0.0,
             gain_over_off=gain if np.isfinite(off) else None,
         )
-        for name, own, (total, _), gain in zip(
-            able, rows, totals, _gains(grid, paths, [total - off if np.isfinite(off) else 0.0 for total, _ in totals], counts), strict=True
+        for name, own, (gained, _), gain in zip(
+            able, rows, totals, gains(grid, [path.chosen for path in paths], np.zeros_like(free.best), counts), strict=True
         )
     ]
     order = sorted(range(len(paths)), key=lambda i: totals[i], reverse=True)  # stable: off is first among equals
@@ -155,7 +155,7 @@ def _row(grid: Grid, span: _Span, others: np.ndarray, ahead: np.ndarray, sd: np.
     """One row beside the settings `others`, which it is `ahead` of with a standard deviation `sd`, all [others]."""
     tied = sorted(np.flatnonzero(ahead <= HALF_WIDTH * sd), key=lambda i: (others[i] != 0, ahead[i]))  # that it may not pay at all comes first
     runner_up = int(ahead.argmin()) if len(others) else None
-    margin = _relative(ahead[runner_up], sd[runner_up]) if runner_up is not None else Interval(value=0.0, low=0.0, high=0.0)
+    margin = relative(ahead[runner_up], sd[runner_up]) if runner_up is not None else Interval(value=0.0, low=0.0, high=0.0)
     settings, what = grid.loads.settings, grid.loads.settings[span.setting]
     excess = violation(Forecast(*(v[span.setting, *span.loads] for v in grid.forecast)), grid.asked.limits).max()
     return ScheduleRow(
@@ -173,7 +173,7 @@ def _row(grid: Grid, span: _Span, others: np.ndarray, ahead: np.ndarray, sd: np.
         ties=[
             SettingTie(
                 setting=settings[others[i]],
-                difference=_relative(ahead[i], sd[i]),
+                difference=relative(ahead[i], sd[i]),
                 cost_of_being_wrong=max(0.0, float(np.expm1(min(HALF_WIDTH * sd[i] - ahead[i], LARGEST)))),
             )
             for i in tied[:MAX_TIES]
@@ -182,42 +182,6 @@ def _row(grid: Grid, span: _Span, others: np.ndarray, ahead: np.ndarray, sd: np.
         extrapolated=bool(grid.forecast.extrapolated[span.setting, *span.loads].any()),
         weight=None if grid.asked.weights is None else float(grid.asked.weights[span.loads].sum()),
     )
-
-
-def _relative(value: float, sd: float) -> Interval:
-    """A relative difference from a difference of logarithms."""
-    ratio = log_interval(value, sd)
-    return Interval(value=ratio.value - 1, low=ratio.low - 1, high=ratio.high - 1)
-
-
-def _counts(grid: Grid, free: Path) -> np.ndarray:
-    """[X, C] what a load's value counts: its share of the histogram; without one, so that each load's best counts the same."""
-    if grid.asked.weights is not None:
-        return grid.asked.weights
-    value = grid.value(free.best)
-    return np.divide(1.0, value, out=np.zeros_like(value), where=value > 0) / value.size
-
-
-def _total(grid: Grid, path: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """Logarithm of what all loads together gain, -inf where no limit is ever kept; and what then decides, minus the mean violation."""
-    value = float((grid.value(path) * counts).sum())
-    x, c = np.indices(path.shape)
-    excess = violation(Forecast(*(v[path, x, c] for v in grid.forecast)), grid.asked.limits)
-    gained = np.log(value) if value > 0 else -np.inf
-    return float(-gained if grid.asked.objective in ("tpot", "e2e") else gained), -float(excess.mean())
-
-
-def _gains(grid: Grid, paths: Sequence[Path], ratios: Sequence[float], counts: np.ndarray) -> list[Interval]:
-    """Of each path over off, all loads together. What is not known is taken as shared by the loads, so nothing averages out."""
-    c = some_places(len(grid.concurrency))
-    x = np.arange(len(grid.asked.contexts))[:, None]
-    found = []
-    for path, ratio, sd in zip(paths, ratios, ratio_sds(grid, [(p.chosen[:, c], 0, x, c) for p in paths], grid.asked.objective), strict=True):
-        along = np.array([np.interp(np.arange(len(grid.concurrency)), c, own) for own in sd.reshape(-1, len(c))])  # [X, C]
-        share = grid.value(path.chosen) * counts
-        unsure = float((along * share).sum() / share.sum()) if share.sum() > 0 else 0.0
-        found.append(_relative(float(np.clip(ratio, -LARGEST, LARGEST)), unsure))
-    return found
 
 
 def _flips(grid: Grid, path: Path) -> list[Flip]:
