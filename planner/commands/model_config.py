@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from planner.commands.configs import valid
-from planner.errors import BadInput
+from planner.errors import BadInput, MissingExtra
 from planner.runtime.fields import MAX_CONTEXT, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, Fields, one_line, read_json
 from planner.runtime.model_spec import model_name
 from planner.serving import ModelSize
@@ -77,6 +77,30 @@ def config_size(path: Path, *, name: str, weights_bytes: int | None, kv_bytes_pe
         max_context_len=_optional(config, "max_position_embeddings", MAX_CONTEXT),
     )  # fmt: skip
     return Sized(model, notes, "eagle3" if _is_eagle3(config) else "draft_model")
+
+
+def gguf_size(path: Path, *, name: str, weights_bytes: int | None, kv_bytes_per_element: float | None) -> Sized:
+    """The size of the model in a GGUF file, of whatever architecture; keys and values are 16 bit where nobody says else."""
+    try:
+        from planner.runtime.gguf_file import read_gguf
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"a GGUF file needs the extra [runtime] ({error.name} is missing); pip install 'specplan[runtime]'") from None
+    gguf = read_gguf(path)
+    header = Fields(path, gguf.metadata)
+    at = header.text("general.architecture")
+    num_heads = header.integer(f"{at}.attention.head_count", MAX_HEADS)
+    hidden_size = header.integer(f"{at}.embedding_length", MAX_WIDTH)
+    embedding = gguf.tensors["token_embd.weight"].shape if "token_embd.weight" in gguf.tensors else ()
+    model = valid(
+        ModelSize, name=(name or model_name(path))[-500:], num_layers=header.integer(f"{at}.block_count", MAX_LAYERS),
+        num_kv_heads=header.integer(f"{at}.attention.head_count_kv", MAX_HEADS, num_heads),
+        head_dim=header.integer(f"{at}.attention.key_length", MAX_HEAD_DIM, max(1, hidden_size // num_heads)),
+        weights_bytes=weights_bytes or sum(tensor.num_bytes for tensor in gguf.tensors.values()),
+        kv_bytes_per_element=kv_bytes_per_element or 2.0, hidden_size=hidden_size, num_heads=num_heads,
+        intermediate_size=_optional(header, f"{at}.feed_forward_length", MAX_WIDTH), vocab_size=embedding[0] if embedding else None,
+        max_context_len=_optional(header, f"{at}.context_length", MAX_CONTEXT),
+    )  # fmt: skip
+    return Sized(model, [])
 
 
 def _optional(config: Fields, name: str, most: int) -> int | None:

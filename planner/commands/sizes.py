@@ -1,6 +1,7 @@
 """Sizes of models and devices from what a user writes: a checkpoint's config, a device's name, or name=value pairs. Needs no torch.
 
     meta-llama/Llama-3.1-8B/         a folder with config.json, or the config.json itself; behind it ,weights_gib=15.0 where no weights lie
+    SmolLM2-135M-Instruct.gguf       a GGUF file
     num_layers=32,num_kv_heads=8,head_dim=128,weights_gib=14.96
     h100_sxm                         a device of systems.py; behind it ,fraction=0.9 where an engine was given another share of the memory
     memory_gib=24,fraction=0.9,bandwidth_gb_s=1008,tflops=165
@@ -12,7 +13,7 @@ import re
 from pathlib import Path
 
 from planner.commands.configs import valid
-from planner.commands.model_config import MAX_BYTES, Sized, config_size
+from planner.commands.model_config import MAX_BYTES, Sized, config_size, gguf_size
 from planner.errors import BadInput
 from planner.runtime.fields import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, one_line
 from planner.serving import ModelSize, SystemSpec
@@ -33,8 +34,10 @@ def sized(text: str, name: str = "") -> Sized:
     if head is None:
         return _from_pairs(_Pairs(text, pairs, _MODEL_KEYS), name)
     given = _Pairs(text, pairs, {"weights_gib", "weights_gb", "weights_bytes", "kv_bytes_per_element", "name"})
-    return config_size(
-        _existing(head), name=name or pairs.get("name", ""), weights_bytes=given.size("weights"),
+    path = _existing(head)
+    read = gguf_size if path.suffix == ".gguf" else config_size
+    return read(
+        path, name=name or pairs.get("name", ""), weights_bytes=given.size("weights"),
         kv_bytes_per_element=given.number("kv_bytes_per_element", 0, 8, None),
     )  # fmt: skip
 
@@ -158,13 +161,13 @@ def _from_pairs(given: _Pairs, name: str) -> Sized:
 def _existing(head: str) -> Path:
     """The config.json that the text names."""
     if "\0" in head or len(head) > 4096:
-        raise BadInput(f"a model is a folder, a config.json or name=value pairs, got {one_line(head)}")
+        raise BadInput(f"a model is a folder, a config.json, a GGUF file or name=value pairs, got {one_line(head)}")
     path = Path(head)
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
         raise BadInput(
-            f"a model is a Hugging Face folder, its config.json, or num_layers=..,num_kv_heads=..,head_dim=..,weights_gib=..; "
+            f"a model is a Hugging Face folder, its config.json, a GGUF file, or num_layers=..,num_kv_heads=..,head_dim=..,weights_gib=..; "
             f"nothing lies at {one_line(head)}"
         )
     return path

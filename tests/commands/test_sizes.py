@@ -2,9 +2,12 @@
 
 import random
 
+import psutil
+import pynvml
 import pytest
 from model_configs import DEEPSEEK, EAGLE, LLAMA, MIXTRAL, PAIRS, QWEN2, QWEN3, QWEN3_MOE, write
 
+from planner.commands.local_system import local_system
 from planner.commands.sizes import model_size, read_system, sized, system_spec
 from planner.errors import BadInput
 from planner.serving import ModelSize, SystemSpec
@@ -170,3 +173,36 @@ def test_a_damaged_config_is_read_or_refused_in_one_line(tmp_path, config):
 def test_a_config_that_is_no_object_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     refused(model_size, str(tmp_path))
+
+
+@pytest.mark.model
+def test_a_gguf_file_says_its_size(tmp_path):
+    """SmolLM2-135M: 30 layers, 3 key heads of 64, and tensors that fill the file but for its header."""
+    from planner.runtime.weights import default_model_path
+
+    path = default_model_path()
+    size = model_size(str(path))
+    assert (size.num_layers, size.num_kv_heads, size.head_dim, size.vocab_size, size.max_context_len) == (30, 3, 64, 49152, 8192)
+    assert 0.95 * path.stat().st_size < size.weights_bytes < path.stat().st_size
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\xff" * 64)
+    assert "broken.gguf" in refused(model_size, str(tmp_path / "broken.gguf"))
+
+
+def test_the_device_of_this_machine_is_its_gpu_or_its_cpu(monkeypatch):
+    memory, failing = 85_899_345_920, []
+
+    class Memory:
+        total = memory
+
+    def open_driver():
+        if failing:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", open_driver)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: Memory)
+    assert local_system() == SystemSpec(name="NVIDIA H100 80GB HBM3", memory_bytes=memory, fraction=0.9)
+    failing.append(True)
+    assert local_system().memory_bytes == psutil.virtual_memory().total

@@ -1,0 +1,48 @@
+"""The device of this machine that a server started here will use: the first GPU that NVML sees, else the CPU with its memory. Needs no torch."""
+
+import os
+import platform
+from pathlib import Path
+
+from planner.commands.sizes import FRACTION
+from planner.errors import BadInput
+from planner.serving import SystemSpec
+
+DRIVER = Path("/dev/nvidiactl")  # there where an NVIDIA driver is loaded
+REMEDY = "give --system, for example memory_gib=24,fraction=0.9"
+
+
+def local_system() -> SystemSpec:
+    """BadInput where the machine does not say how large it is. Not run with a GPU so far, but for a faked driver."""
+    return _gpu() or _cpu()
+
+
+def _gpu() -> SystemSpec | None:
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        if DRIVER.exists():
+            raise BadInput(f"this machine has a GPU, and nvidia-ml-py to ask for its memory is missing; install it, or {REMEDY}") from None
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        name, memory = pynvml.nvmlDeviceGetName(handle), int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError as error:
+        raise BadInput(f"this machine's GPU does not say what memory it has ({error}); {REMEDY}") from None
+    finally:
+        pynvml.nvmlShutdown()
+    return SystemSpec(name=str(name)[:500], memory_bytes=memory, fraction=FRACTION)
+
+
+def _cpu() -> SystemSpec:
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except (OSError, ValueError, AttributeError):
+        raise BadInput(f"this machine does not say what memory it has; {REMEDY}") from None
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine() or "CPU")
+    return SystemSpec(name=name[:500], memory_bytes=memory, fraction=FRACTION)
