@@ -53,6 +53,8 @@ class Run(Spec, kw_only=True):
     """One load against one launch: requests of which `concurrency` are in the system all the time."""
 
     launch: Natural  # place among the launches
+    stage: Literal["measure", "check"] = "measure"
+    repeat: Natural = 0  # which start of this setting
     setting: Setting  # as the server was told for this load
     concurrency: Count
     answers: list[Answer]
@@ -72,15 +74,29 @@ class Defect(Spec, kw_only=True):
     remedy: Sentence = ""
 
 
+class TunedLoad(Spec, kw_only=True):
+    """What is set at one load, as predicted."""
+
+    concurrency: Count
+    setting: Setting
+    running_batch: Real  # requests that decode at once
+    tpot_s: Interval
+    output_tokens_per_s: Interval  # of all requests together
+    gain_over_off: Interval  # in the objective, relatively
+    gain_over_yours: Interval | None  # None: what the given command says was not measured
+    best: Setting  # at this load alone; another than `setting` where an engine keeps one for all loads, or a change would win almost nothing
+
+
 class CheckedLoad(Spec, kw_only=True):
     """A setting at a load, on prompts that were not used before: what was predicted and what was measured."""
 
     setting: Setting
     role: Literal["chosen", "off", "yours"]
     concurrency: Count
-    predicted_tpot_s: Interval
+    num_answers: Count
+    predicted_tpot_s: Interval | None  # None: a setting of yours that was not measured before
+    predicted_output_tokens_per_s: Interval | None
     measured_tpot_s: Interval
-    predicted_output_tokens_per_s: Interval
     measured_output_tokens_per_s: Interval
     gain: Interval | None = None  # of what was chosen over this, in the objective, relatively, prompt by prompt; None for the choice itself
 
@@ -100,7 +116,8 @@ class Tuning(Spec, kw_only=True):
     runs: list[Run]
     profile: Name  # file names inside the folder
     schedule: Name
-    chosen: list[Step]  # what the server is told, by running batch; one step of 0: off
+    chosen: list[Step]  # what the server is told, by running batch; none: off
+    loads: list[TunedLoad]
     yours: Setting | None  # what the given command says
     predicted_gain: Interval | None  # of the choice over yours, over all loads, relatively; None without yours
     paste: str  # what to add to the command, as shell words; empty: nothing

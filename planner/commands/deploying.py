@@ -152,28 +152,7 @@ def _steps(rows: Sequence[ScheduleRow], chosen: Chosen) -> tuple[tuple[Step, ...
     known = sorted(
         {pair.estimate.concurrency: pair.estimate.running_batch for pair in chosen.schedule.estimates if pair.estimate.context_len == near}.items()
     )
-    rows = [row for row in rows if row.concurrency_from <= chosen.last]
-    starts, moved = [], []
-    for row in rows:
-        running = (
-            min(row.concurrency_from, max(1, round(float(np.interp(row.concurrency_from, *zip(*known, strict=True))))))
-            if known
-            else row.concurrency_from
-        )
-        if starts and running != row.concurrency_from:
-            moved.append(f"{row.concurrency_from} to {running}")
-        starts.append(running if starts else 1)
-    steps: list[Step] = []
-    lost = 0
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        if steps and start <= steps[-1].batch_from:
-            lost += 1
-            continue
-        if steps and steps[-1].draft_len == row.draft_len:
-            continue
-        if steps:
-            steps[-1] = Step(batch_from=steps[-1].batch_from, batch_to=start - 1, draft_len=steps[-1].draft_len)
-        steps.append(Step(batch_from=start, batch_to=max(start, chosen.last), draft_len=row.draft_len))
+    steps, moved, lost = steps_by_batch(rows, known, chosen.last)
     knobs = []
     if moved:
         reason = (
@@ -185,7 +164,35 @@ def _steps(rows: Sequence[ScheduleRow], chosen: Chosen) -> tuple[tuple[Step, ...
     if rows[0].concurrency_from > 1:
         reason = f"below the planned loads, from {rows[0].concurrency_from}, the first row holds as well"
         knobs.append(knob("loads below the plan", "none", f"K={rows[0].draft_len}", "approximated", reason))
-    return tuple(steps), knobs
+    return steps, knobs
+
+
+def steps_by_batch(rows: Sequence[ScheduleRow], known: list[tuple[int, float]], last: int) -> tuple[tuple[Step, ...], list[str], int]:
+    """Rows up to the load `last`, the edges that moved ("16 to 14"), and how many rows lie beyond the largest running batch.
+
+    known  the running batch at some concurrencies, ascending; where there are none, it is the concurrency
+    """
+    rows = [row for row in rows if row.concurrency_from <= last]
+    starts, moved = [], []
+    for row in rows:
+        running = row.concurrency_from
+        if known:
+            running = min(running, max(1, round(float(np.interp(running, *zip(*known, strict=True))))))
+        if starts and running != row.concurrency_from:
+            moved.append(f"{row.concurrency_from} to {running}")
+        starts.append(running if starts else 1)
+    steps: list[Step] = []
+    lost = 0
+    for row, start in zip(rows, starts, strict=True):
+        if steps and start <= steps[-1].batch_from:
+            lost += 1
+            continue
+        if steps and steps[-1].draft_len == row.draft_len:
+            continue
+        if steps:
+            steps[-1] = Step(batch_from=steps[-1].batch_from, batch_to=start - 1, draft_len=steps[-1].draft_len)
+        steps.append(Step(batch_from=start, batch_to=max(start, last), draft_len=row.draft_len))
+    return tuple(steps), moved, lost
 
 
 def _context(schedule: Schedule, deployment: Deployment, asked: int | None) -> int:

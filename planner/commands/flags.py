@@ -50,3 +50,32 @@ class AskedExport(NamedTuple):
     kv_dtype: str | None = None
     draft_kv_dtype: str | None = None
     temperature: float | None = None
+
+
+class AskedTune(NamedTuple):
+    """A tuning. None: not said, so that the engine's command, the dataset or this machine decides."""
+
+    launch: str | None = None  # the command of a server
+    base_url: str | None = None  # of one that is there, with its drafter
+    baseline_url: str | None = None  # of one that is there, without
+    engine: str | None = None  # NAME or NAME@VERSION
+    method: str = "draft_model"
+    draft_model: str | None = None  # as the engine takes it
+    max_draft_len: int = 8
+    draft_len: int | None = None  # of a server that is there
+    concurrency: tuple[int, int] = (1, 16)
+    context_len: int = 512  # that raw text is cut to
+    output_len: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_texts: int = 16  # at each load, twice the load at least
+    repeats: int | None = None  # starts of each setting
+    check_texts: int = 16  # 0: the choice is not checked
+    cap_requests: int = 5000
+    cap_minutes: float = 120.0
+    ready_s: float | None = None  # that a start may take
+    model: str | None = None  # its size, as sizes.py reads it
+    draft_size: str | None = None
+    system: str | None = None
+    served_model: str | None = None
+    keep_repetitive: bool = False

@@ -51,6 +51,16 @@ def mean_interval(values: list[float]) -> Interval:
     return Interval(value=float(array.mean()), low=float(array.mean() - half), high=float(array.mean() + half))
 
 
+def ratio_interval(above: list[float], below: list[float]) -> Interval:
+    """Sum of the one over sum of the other, with Student's 90 % interval over the pairs; of one pair, no width is known."""
+    a, b = np.array(above), np.array(below)
+    value = float(a.sum() / b.sum())
+    if len(a) < 2:
+        return Interval(value=value, low=value, high=value)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(a) - 1) * (a - value * b).std(ddof=1) * np.sqrt(len(a)) / b.sum()
+    return Interval(value=value, low=float(value - half), high=float(value + half))
+
+
 def best_of(table: dict[DraftConfig, dict[str, float]]) -> DraftConfig:
     """The configuration with the smallest mean over the texts that all of them ran."""
     shared = set.intersection(*(set(by_text) for by_text in table.values()))

@@ -1,0 +1,194 @@
+"""Starts of a server, or servers that are there, and loads against each: one after the other, every finished one in a journal."""
+
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from planner.commands.flags import AskedTune
+from planner.commands.progress import Progress
+from planner.engines.completions import Asked, Prompt, served_models
+from planner.engines.contract import Command, Drafting, Engine
+from planner.engines.http import Bounds, Client, Key
+from planner.engines.launch import free_port, running, without_keys
+from planner.engines.load import run_load
+from planner.errors import BadInput, ServerError
+from planner.exports import Step
+from planner.schedules import Setting
+from planner.search.design import Probe
+from planner.serving import OFF
+from planner.tunings import Launch, Pool, Run
+
+WARM_REQUESTS, WARM_TOKENS = 4, 16  # of a start, not measured: connections, and kernels that are compiled when they are first needed
+
+
+class Item(NamedTuple):
+    """One start, and what to run against it."""
+
+    stage: str  # measure or check
+    repeat: int
+    drafting: Drafting
+    loads: tuple[int, ...]
+
+    def setting(self, load: int) -> Setting:
+        draft_len = Probe(self.drafting.steps, self.loads).draft_len(load)
+        return Setting(drafter=self.drafting.method, draft_len=draft_len) if self.drafting.steps else Setting()
+
+
+class Piece(msgspec.Struct, kw_only=True):
+    """What a journal holds: a start, or a load that is finished."""
+
+    stage: str
+    repeat: int
+    steps: list[Step]
+    launch: Launch | None = None
+    run: Run | None = None
+    minutes: float = 0.0
+
+
+class Servers(Protocol):
+    """Where a server with a given drafting comes from."""
+
+    @contextmanager
+    def serve(self, drafting: Drafting, number: int) -> Iterator[tuple[Client, Launch]]:
+        """The server, which answers."""
+
+
+class Started:
+    """By the user's command, with the drafting in place of its own."""
+
+    def __init__(self, engine: Engine, command: Command, folder: Path, max_batch: int, ready_s: float, expected: Callable[[str, Drafting], tuple[Pool | None, str]], key: Key | None):  # fmt: skip
+        self._engine, self._command, self._folder, self._max_batch, self._ready_s = engine, command, folder, max_batch, ready_s
+        self._expected, self._key = expected, key
+        self.version, self.differences = "", []  # as the logs say; pools that are not as expected
+
+    @contextmanager
+    def serve(self, drafting: Drafting, number: int) -> Iterator[tuple[Client, Launch]]:
+        port = self._command.port or free_port()
+        words = self._engine.put_together(self._command, drafting, port=port, max_batch=self._max_batch, folder=self._folder)
+        url = f"http://{self._command.host}:{port}"
+        with running(words, log=self._folder / f"launch-{number + 1}.log", url=url, ready_s=self._ready_s) as server:
+            log = self._engine.read_log(server.log_text())
+            self.version = self.version or log.version
+            pool, difference = self._expected(log, drafting)
+            if difference and difference not in self.differences:
+                self.differences.append(difference)
+            yield Client(url, self._key, REQUEST), Launch(
+                drafter=drafting.method, steps=list(drafting.steps), command=without_keys(words), ready_s=server.ready_s, pool=pool, warnings=log.warnings[:20],
+            )  # fmt: skip
+
+
+class There:
+    """Servers that are not to be restarted: one with a drafter, maybe one without."""
+
+    def __init__(self, base: Client, baseline: Client | None):
+        self._base, self._baseline = base, baseline
+
+    @contextmanager
+    def serve(self, drafting: Drafting, number: int) -> Iterator[tuple[Client, Launch]]:
+        client = self._base if drafting.steps else self._baseline
+        if client is None:
+            raise ValueError("no server without a drafter was given")
+        yield client, Launch(drafter=drafting.method, steps=list(drafting.steps), command=[client.name])
+
+
+REQUEST = Bounds(connect_s=5.0, read_s=120.0, total_s=900.0)
+
+
+class Bench:
+    """Runs loads, and knows those that a journal already holds."""
+
+    def __init__(self, servers: Servers, asked: AskedTune, seed: int, earlier: list[Piece], keep: Callable[[Piece], None], progress: Progress):
+        self._servers, self._asked, self._seed, self._keep, self._progress = servers, asked, seed, keep, progress
+        self.launches = [piece.launch for piece in earlier if piece.launch is not None]
+        self.runs = [piece.run for piece in earlier if piece.run is not None]
+        self._done = {(piece.stage, piece.repeat, *piece.steps, piece.run.concurrency) for piece in earlier if piece.run is not None}
+        self.earlier_minutes = sum(piece.minutes for piece in earlier)
+        self._began = time.monotonic()
+        self.cut: list[str] = []
+
+    @property
+    def minutes(self) -> float:
+        return self.earlier_minutes + (time.monotonic() - self._began) / 60
+
+    @property
+    def requests(self) -> int:
+        return sum(run.sent for run in self.runs)
+
+    def __call__(self, item: Item, prompts: Callable[[int], list[Prompt]]) -> None:
+        """Run what is not done yet. prompts  those of a load"""
+        todo = [load for load in item.loads if (item.stage, item.repeat, *item.drafting.steps, load) not in self._done]
+        self._progress.advance(len(item.loads) - len(todo))
+        if not todo or self._stop(item, todo):
+            return
+        about = {"stage": item.stage, "repeat": item.repeat, "steps": list(item.drafting.steps)}
+        at = time.monotonic()
+        with self._servers.serve(item.drafting, len(self.launches)) as (client, launch):
+            metrics = _has_metrics(client)
+            asked = Asked(self._model(client), self._asked.output_len, self._asked.temperature, self._asked.top_p, self._seed)
+            self.launches.append(launch)
+            self._keep(Piece(**about, launch=launch, minutes=(time.monotonic() - at) / 60))
+            warm = prompts(todo[0])[-WARM_REQUESTS:]
+            at = time.monotonic()
+            run_load(client, asked._replace(output_len=min(WARM_TOKENS, asked.output_len), seed=self._seed + 1), warm, concurrency=min(WARM_REQUESTS, todo[-1]),
+                     metrics=False, total_s=REQUEST.total_s, judge=False)  # fmt: skip
+            for load in todo:
+                if self._stop(item, [load]):
+                    continue
+                found = run_load(client, asked, prompts(load), concurrency=load, metrics=metrics, total_s=REQUEST.total_s, judge=not self._asked.keep_repetitive)
+                run = Run(
+                    launch=len(self.launches) - 1, stage=item.stage, repeat=item.repeat, setting=item.setting(load), concurrency=load, answers=found.answers,
+                    prompts=found.prompts, wall_s=found.wall_s, sent=found.sent, degenerate=found.degenerate, short=found.short, counted=found.counted,
+                )  # fmt: skip
+                self.runs.append(run)
+                now = time.monotonic()
+                self._keep(Piece(**about, run=run, minutes=(now - at) / 60))
+                at = now
+                self._progress.advance()
+
+    def _stop(self, item: Item, todo: list[int]) -> bool:
+        """Whether a bound is reached, which is said once."""
+        asked, most = self._asked, 2 * sum(todo)
+        bound = None
+        if self.minutes > asked.cap_minutes:
+            bound = f"--cap-minutes {asked.cap_minutes:g}"
+        elif self.requests + most > asked.cap_requests:
+            bound = f"--cap-requests {asked.cap_requests}"
+        if bound is not None:
+            what = "the check" if item.stage == "check" else f"{item.drafting.method if item.drafting.steps else OFF}, start {item.repeat + 1},"
+            at = ", ".join(map(str, todo))
+            self.cut.append(f"{bound} was reached: {what} at concurrency {at} was not run")
+            self._progress.advance(len(todo))
+        return bound is not None
+
+    def _model(self, client: Client) -> str:
+        known, named = served_models(client), self._asked.served_model
+        if named is not None and named not in known:
+            raise BadInput(f"{client.name} serves {client.quoted(', '.join(known))}, got --served-model {named}; choose one of them")
+        if named is None and len(known) != 1:
+            raise ServerError(f"{client.name} serves {client.quoted(', '.join(known) or 'nothing')}; say with --served-model which one is asked")
+        return named or known[0]
+
+
+def _has_metrics(client: Client) -> bool:
+    """Whether there are counters; a server without them is tuned by what its answers say."""
+    try:
+        client.get("/metrics")
+    except ServerError:
+        return False
+    return True
+
+
+def shown_command(text: str) -> list[str]:
+    """The words of a command. BadInput where its quotes are not closed."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise BadInput(f"--launch takes a command as a shell would, got one with {str(error).lower()}; check its quotes") from None
+    if not words:
+        raise BadInput("--launch takes the command that starts the server, got nothing; for example 'vllm serve MODEL'")
+    return words
