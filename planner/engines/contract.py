@@ -14,6 +14,7 @@ class Drafting(NamedTuple):
     method: str = OFF
     draft_model: str | None = None  # path or name, as the engine takes it
     steps: tuple[Step, ...] = ()  # by running batch, from 1 up without gaps; one is a static length
+    words: tuple[str, ...] = ()  # what a user's command says of drafting beside that, as the engine's module keeps it
 
     @property
     def draft_len(self) -> int:
@@ -28,8 +29,8 @@ class Command(NamedTuple):
     tensor_parallel: int
     host: str
     port: int | None  # None: not said, any free one will do
-    yours: Setting | None  # what it says of drafting: off, or a method and draft_len; None where that cannot be told
-    yours_drafting: Drafting | None  # the same, to launch it again
+    yours: Setting | None  # what it says of drafting: off, or a method and draft_len; None where it is neither, or cannot be told
+    yours_drafting: Drafting | None  # the same, or a schedule, to launch it again; None where our words cannot say it
 
 
 class Startup(NamedTuple):

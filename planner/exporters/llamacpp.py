@@ -10,7 +10,8 @@ from planner.errors import BadInput
 from planner.exporters.contract import Deployed, Spelled, knob, memory_knob
 from planner.exporters.lengths import spell_length
 from planner.exporters.memory import spell_memory
-from planner.exporters.quoting import HERE, MORE, shell_line, to_ini
+from planner.exporters.quoting import HERE, MORE, shell_line, to_flags, to_ini
+from planner.serving import OFF
 
 FILE, MODEL_ID, BLOCK = "plan.llamacpp.ini", "planned", 256
 CHECKED = "against our own copy of llama.cpp's names; its server is started on such presets in this package's tests"
@@ -44,14 +45,11 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
         config["fit-target"] = margin
         knobs.append(memory_knob(what, f"fit-target {margin} MiB stay free"))
     config |= {"cache-type-k": what.kv_dtype, "cache-type-v": what.kv_dtype} if what.kv_dtype else {}
-    config["spec-type"] = "none" if what.off else TYPES[what.method]
+    config |= draft_config(what.method, what.draft_model, what.draft_len)
     if what.method == "ngram":
-        config |= {"spec-ngram-simple-size-n": NGRAM_LOOKUP, "spec-ngram-simple-size-m": what.draft_len}
         reason = f"llama.cpp looks {NGRAM_LOOKUP} tokens up and no fewer: what it drafts differs from what was measured elsewhere"
         knobs.append(knob("ngram lookup", "as measured", f"{NGRAM_LOOKUP} tokens", "approximated", reason))
     elif not what.off:
-        config |= {"spec-draft-model": what.draft_model} if what.draft_model is not None else {}
-        config |= {**spell_length("llama.cpp", what.method, what.draft_len), "spec-draft-p-min": 0.0}
         config |= {"spec-draft-type-k": what.draft_kv_dtype, "spec-draft-type-v": what.draft_kv_dtype} if what.draft_kv_dtype else {}
     config["load-on-startup"] = "true"
     text = "\n".join(
@@ -64,7 +62,7 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
         {"model": MODEL_ID, "prompt": "Once upon a time there was", "max_tokens": what.output_len, "temperature": what.sampler.temperature}
     )
     measure = ["curl", "-sS", "http://127.0.0.1:8080/v1/completions", "-H", "Content-Type: application/json", "-d", body]
-    flags = [word for key, value in config.items() if key != "load-on-startup" for word in (f"--{key}", str(value))]
+    flags = to_flags({key: value for key, value in config.items() if key != "load-on-startup"})
     return Spelled(
         files={FILE: text},
         run=HERE + "exec " + shell_line(["llama-server", "--models-preset", FILE, MORE]),
@@ -73,6 +71,16 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
         argv=["llama-server", *flags],
         notes=["measure asks for one completion: its timings hold draft_n and draft_n_accepted; llama-bench does not draft"],
     )
+
+
+def draft_config(method: str, draft_model: str | None, draft_len: int) -> dict:
+    if method == OFF:
+        return {"spec-type": "none"}
+    found = {"spec-type": TYPES[method]}
+    if method == "ngram":
+        return found | {"spec-ngram-simple-size-n": NGRAM_LOOKUP, "spec-ngram-simple-size-m": draft_len}
+    found |= {"spec-draft-model": draft_model} if draft_model is not None else {}
+    return found | {**spell_length("llama.cpp", method, draft_len), "spec-draft-p-min": 0.0}
 
 
 def parse(text: str) -> dict[str, dict[str, str]]:

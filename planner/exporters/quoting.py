@@ -26,6 +26,11 @@ def shell_line(words: list[str]) -> str:
     return " ".join(word if isinstance(word, Raw) else shlex.quote(word) for word in words)
 
 
+def to_flags(config: dict) -> list[str]:
+    """The same as flags; one that is True stands alone."""
+    return [word for key, value in config.items() for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]
+
+
 def to_yaml(value: dict, about: str) -> str:
     """A mapping in YAML, in its own order, which reads as it was written."""
     text = f"# {about}\n" + yaml.safe_dump(value, sort_keys=False, width=1_000_000)

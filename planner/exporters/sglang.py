@@ -5,14 +5,16 @@ compares names itself.
 """
 
 import json
+from collections.abc import Sequence
 
 from planner.engine_rules import DraftRules, find_engine
 from planner.errors import BadInput
 from planner.exporters.contract import Deployed, Spelled, knob, memory_knob
 from planner.exporters.lengths import spell_length
 from planner.exporters.memory import spell_memory
-from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line, to_yaml
+from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line, to_flags, to_yaml
 from planner.exporters.within import describe_steps
+from planner.exports import Step
 
 FILE, ADAPTIVE = "plan.sglang.yaml", "plan.sglang.adaptive.json"
 CHECKED = "against our own copy of SGLang's names and rules; SGLang itself did not run"
@@ -55,14 +57,12 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
     if not what.off:
         config |= _speculative(what, rules)
         if what.method == "ngram":
-            config["speculative-ngram-max-bfs-breadth"] = 1
             reason = (
                 "SGLang looks n-grams up in a trie over all requests, kept to chains here: what it drafts differs from what was measured elsewhere"
             )
             knobs.append(knob("ngram lookup", "as measured", "trie, breadth 1", "approximated", reason))
     if what.scheduled:
-        adaptive = {str(step.batch_from): {"candidate_steps": [step.draft_len]} for step in what.steps}
-        files[ADAPTIVE] = json.dumps(adaptive, indent=1) + "\n"
+        files[ADAPTIVE] = adaptive_json(what.steps)
         config |= {"speculative-adaptive": True, "speculative-adaptive-config": ADAPTIVE}
         reason = "a row begins where the batch padded to a CUDA graph's size reaches it, which may be a few requests before the plan's"
         knobs.append(knob("schedule edges", describe_steps(what.steps), "by padded batch", "approximated", reason))
@@ -78,16 +78,28 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
         run=HERE + "exec " + shell_line(["sglang", "serve", "--config", FILE, MORE]),
         measure="exec " + shell_line(measure),
         knobs=knobs,
-        argv=["sglang", "serve", *(word for key, value in config.items() for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)]))],
+        argv=["sglang", "serve", *to_flags(config)],
         notes=["measure takes conversations in ShareGPT's JSON; random tokens would say nothing about acceptance"],
     )
 
 
+def draft_config(method: str, draft_model: str | None, draft_len: int) -> dict:
+    """The flags of one draft length, which an adaptive schedule does not exceed."""
+    found = {"speculative-algorithm": ALGORITHMS[method]}
+    found |= {"speculative-draft-model-path": draft_model} if draft_model is not None else {}
+    words = spell_length("sglang", method, draft_len)
+    if method == "ngram":  # its trie is kept to chains
+        return found | {"speculative-num-draft-tokens": words["speculative-num-draft-tokens"], "speculative-ngram-max-bfs-breadth": 1}
+    return found | words
+
+
+def adaptive_json(steps: Sequence[Step]) -> str:
+    """A schedule: one candidate in each slot, which is then what is drafted."""
+    return json.dumps({str(step.batch_from): {"candidate_steps": [step.draft_len]} for step in steps}, indent=1) + "\n"
+
+
 def _speculative(what: Deployed, rules: DraftRules) -> dict:
-    found = {"speculative-algorithm": ALGORITHMS[what.method]}
-    found |= {"speculative-draft-model-path": what.draft_model} if what.draft_model is not None else {}
-    words = spell_length("sglang", what.method, what.draft_len)
-    found |= {"speculative-num-draft-tokens": words["speculative-num-draft-tokens"]} if what.method == "ngram" else words
+    found = draft_config(what.method, what.draft_model, what.draft_len)
     if what.kv:
         sink = what.kv.sink if what.method in rules.sinks else 0
         found["speculative-draft-window-size"] = what.kv.budget - sink

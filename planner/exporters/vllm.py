@@ -5,6 +5,7 @@ when the scheduler is built, so check() applies them here.
 """
 
 import json
+from collections.abc import Sequence
 
 from planner.engine_rules import DraftRules, find_engine
 from planner.errors import BadInput
@@ -12,6 +13,7 @@ from planner.exporters.contract import Deployed, Spelled, knob, memory_knob
 from planner.exporters.lengths import spell_length
 from planner.exporters.memory import spell_memory
 from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line, to_yaml
+from planner.exports import Step
 
 FILE, SWEEP = "plan.vllm.yaml", "sweep.json"
 CHECKED = "against our own copy of vLLM's rules; vLLM itself did not run"
@@ -73,13 +75,19 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
     )
 
 
+def draft_config(method: str, draft_model: str | None, steps: Sequence[Step]) -> dict:
+    """A speculative-config. The last step ends at max-num-seqs: behind it the last length would hold on."""
+    found = {"method": METHODS.get(method, method)}
+    found |= {"model": draft_model} if draft_model is not None else {}
+    found |= {"parallel_drafting": True} if method == "pard" else {}
+    found |= spell_length("vllm", method, max(step.draft_len for step in steps))
+    if len(steps) > 1:
+        found["num_speculative_tokens_per_batch_size"] = [[step.batch_from, step.batch_to, step.draft_len] for step in steps]
+    return found
+
+
 def _speculative(what: Deployed, rules: DraftRules) -> dict:
-    found = {"method": METHODS.get(what.method, what.method)}
-    found |= {"model": what.draft_model} if what.draft_model is not None else {}
-    found |= {"parallel_drafting": True} if what.method == "pard" else {}
-    found |= spell_length("vllm", what.method, what.draft_len)
-    if what.scheduled:  # the last row ends at max-num-seqs: behind it the last length would hold on
-        found["num_speculative_tokens_per_batch_size"] = [[step.batch_from, step.batch_to, step.draft_len] for step in what.steps]
+    found = draft_config(what.method, what.draft_model, what.steps)
     found |= {"kv_cache_dtype": what.draft_kv_dtype} if what.draft_kv_dtype else {}
     if what.kv and rules.name == "vllm-draft-window":
         found["draft_attention_window"] = what.kv.budget
