@@ -68,6 +68,7 @@ class ServedCell(Spec, kw_only=True):
     ttft_s: Elapsed | None = None  # queueing included
     tokens_per_round: Annotated[float, Meta(ge=1, le=1025)] | None = None
     acceptance: list[Share] = []  # [i] P(draft i is accepted | those before it were), one per drafted token
+    tokens_sd: Annotated[float, Meta(ge=0, le=2)] | None = None  # relative, of tokens_per_round, by which texts were asked for; None: not known
     tensor_parallel: Count = 1
     source: Name = ""  # file and line
 

@@ -44,8 +44,10 @@ class Launch(Spec, kw_only=True):
     drafter: Name = OFF
     steps: list[Step] = []  # by running batch; empty for a server that was there
     command: list[str] = []  # without keys
+    version: Name = ""  # of the engine, as its log says; empty where it does not
     ready_s: Real = 0.0  # from its start until it answered
     pool: Pool | None = None
+    difference: Sentence = ""  # of the pool from what was expected, where it is worth saying
     warnings: list[Sentence] = []  # of the engine's own, that say a setting is not in force
 
 
@@ -121,7 +123,13 @@ class Tuning(Spec, kw_only=True):
     engine_version: Name  # empty: the engine does not say
     method: Name
     draft_model: Name | None
+    model: Name
+    system: Name
     objective: Objective
+    context_len: Count  # prompt tokens, mean
+    output_len: Count  # asked for
+    temperature: Real
+    seed: int
     minutes: Real
     requests: Natural
     launches: list[Launch]

@@ -25,6 +25,7 @@ for _command in (
     "estimate",
     "capacity",
     "check",
+    "tune",
     "export",
     "drift",
     "sweep",

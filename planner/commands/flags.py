@@ -59,7 +59,7 @@ class AskedTune(NamedTuple):
     base_url: str | None = None  # of one that is there, with its drafter
     baseline_url: str | None = None  # of one that is there, without
     engine: str | None = None  # NAME or NAME@VERSION
-    method: str = "draft_model"
+    method: str | None = None
     draft_model: str | None = None  # as the engine takes it
     max_draft_len: int = 8
     draft_len: int | None = None  # of a server that is there

@@ -1,4 +1,4 @@
-"""The device of this machine that a server started here will use: the first GPU that NVML sees, else the CPU with its memory. Needs no torch."""
+"""The device of this machine that a server started here will use: the first GPU that NVML sees, else the CPU. Needs no torch."""
 
 import os
 import platform
@@ -12,12 +12,8 @@ DRIVER = Path("/dev/nvidiactl")  # there where an NVIDIA driver is loaded
 REMEDY = "give --system, for example memory_gib=24,fraction=0.9"
 
 
-def local_system() -> SystemSpec:
-    """BadInput where the machine does not say how large it is. Not run with a GPU so far, but for a faked driver."""
-    return _gpu() or _cpu()
-
-
-def _gpu() -> SystemSpec | None:
+def local_gpu() -> SystemSpec | None:
+    """None where there is none; BadInput where it does not say what it has. Not run with a GPU so far, but for a faked driver."""
     try:
         import pynvml
     except ModuleNotFoundError:
@@ -38,7 +34,8 @@ def _gpu() -> SystemSpec | None:
     return SystemSpec(name=str(name)[:500], memory_bytes=memory, fraction=FRACTION)
 
 
-def _cpu() -> SystemSpec:
+def local_cpu() -> SystemSpec:
+    """The CPU with all memory of the machine."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -56,7 +56,7 @@ def schedule(
     from planner.search.grid import Question
     from planner.search.schedule import make_schedule
 
-    _check_goodput(objective, goodput)
+    check_goodput(objective, goodput)
     check_objective(objective, price_per_hour)
     profile = load_any_profile(profile_path)
     if isinstance(profile, ServingProfile):
@@ -69,7 +69,7 @@ def schedule(
         measured, batches = profile.contexts, [sample.batch for sample in profile.rounds if sample.draft_len == 0]
     contexts = _contexts(measured, contexts)
     concurrency = concurrency or (min(batches), max(batches))
-    weights = None if histogram is None else _weights(histogram, concurrency, contexts)  # before a fit, which takes longer than a look at a table
+    weights = None if histogram is None else read_weights(histogram, concurrency, contexts)  # before a fit, which takes longer than a look at a table
     if isinstance(profile, ServingProfile):
         loads, devices = engine_loads(profile, tensor_parallel, output_len), cells[0].tensor_parallel
         about = {"model": profile.model.name, "system": profile.system.name, "tensor_parallel": devices}
@@ -173,7 +173,7 @@ def _contexts(measured: list[int], asked: list[int] | None) -> list[int]:
     return contexts
 
 
-def _check_goodput(objective: str, limits: Limits) -> None:
+def check_goodput(objective: str, limits: Limits) -> None:
     if (objective == "goodput") != (limits != Limits()):
         given = "none" if limits == Limits() else "some"
         raise BadInput(f"objective goodput goes with limits, got objective {objective} with {given}; give for example --goodput tpot:50 ttft:500")
@@ -186,7 +186,7 @@ def _refuse(flags: dict[str, object]) -> None:
             raise BadInput(f"{flag} means nothing to a profile of a serving engine, whose runs had their own, got {value}; drop it")
 
 
-def _weights(path: str | Path, concurrency: tuple[int, int], contexts: list[int]) -> np.ndarray:
+def read_weights(path: str | Path, concurrency: tuple[int, int], contexts: list[int]) -> np.ndarray:
     """[X, C] shares of a histogram of load, sum 1; what names no context is spread evenly over those asked about."""
     from planner.search.schedule import context_ranges
 

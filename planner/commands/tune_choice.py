@@ -32,12 +32,14 @@ def served_cells(runs: list[Run], tensor_parallel: int) -> tuple[list[ServedCell
     cells, doubts = [], []
     for run in runs:
         draft_len, counted, source = run.setting.draft_len, run.counted, f"launch {run.launch + 1}"
-        if counted is not None and counted.drafts > 0 and run.setting.drafter in FIXED:
-            drafted = counted.drafted / counted.drafts
+        if counted is not None and counted.rounds > 0 and run.setting.drafter in FIXED:
+            drafted = counted.drafted / counted.rounds
             if abs(drafted - draft_len) > OTHER * max(draft_len, 1):
                 draft_len = round(drafted)
                 if abs(drafted - draft_len) > OTHER * draft_len:
-                    doubts.append(f"concurrency {run.concurrency} of {source} drafted {drafted:.2f} tokens a round, told {run.setting.draft_len}: left out")
+                    doubts.append(
+                        f"concurrency {run.concurrency} of {source} drafted {drafted:.2f} tokens a round, told {run.setting.draft_len}: left out"
+                    )
                     continue
         tokens, acceptance = None, []
         if draft_len and counted is not None and counted.rounds > 0:
@@ -49,10 +51,20 @@ def served_cells(runs: list[Run], tensor_parallel: int) -> tuple[list[ServedCell
                 drafter=run.setting.drafter, draft_len=draft_len, concurrency=run.concurrency, context_len=context_len, output_len=output_len,
                 tpot_s=run.tpot_s, itl_s=run.tpot_s * tokens if tokens else None, output_tokens_per_s=run.output_tokens_per_s,
                 ttft_s=float(np.mean([answer.ttft_s for answer in run.answers])), tokens_per_round=tokens, acceptance=acceptance,
+                tokens_sd=_texts_sd(run) if tokens else None,
                 tensor_parallel=tensor_parallel, source=source,
             )
         )  # fmt: skip
     return cells, doubts
+
+
+def _texts_sd(run: Run) -> float | None:
+    """Of the mean time per token, relatively: requests of one load share their steps, so they differ by what was accepted."""
+    if len(run.answers) < 2:
+        return None
+    seconds, tokens = np.array([(answer.decode_s, answer.output_tokens - 1) for answer in run.answers]).T
+    apart = seconds - run.tpot_s * tokens
+    return float(min(2.0, apart.std(ddof=1) * np.sqrt(len(apart)) / seconds.sum()))
 
 
 class Choice(NamedTuple):

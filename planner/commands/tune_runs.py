@@ -1,27 +1,24 @@
-"""Starts of a server, or servers that are there, and loads against each: one after the other, every finished one in a journal."""
+"""Loads against servers, one after the other, every finished one in a journal."""
 
-import shlex
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
 from planner.commands.flags import AskedTune
 from planner.commands.progress import Progress
+from planner.commands.tune_servers import REQUEST, Subject
 from planner.engines.completions import Asked, Prompt, served_models
-from planner.engines.contract import Command, Drafting, Engine
-from planner.engines.http import Bounds, Client, Key
-from planner.engines.launch import free_port, running, without_keys
+from planner.engines.contract import Drafting
+from planner.engines.http import Client
 from planner.engines.load import run_load
 from planner.errors import BadInput, ServerError
 from planner.exports import Step
 from planner.schedules import Setting
 from planner.search.design import Probe
-from planner.serving import OFF
-from planner.tunings import Launch, Pool, Run
+from planner.tunings import Launch, Run
 
 WARM_REQUESTS, WARM_TOKENS = 4, 16  # of a start, not measured: connections, and kernels that are compiled when they are first needed
 
@@ -44,69 +41,23 @@ class Piece(msgspec.Struct, kw_only=True):
 
     stage: str
     repeat: int
+    drafter: str
     steps: list[Step]
     launch: Launch | None = None
     run: Run | None = None
     minutes: float = 0.0
 
 
-class Servers(Protocol):
-    """Where a server with a given drafting comes from."""
-
-    @contextmanager
-    def serve(self, drafting: Drafting, number: int) -> Iterator[tuple[Client, Launch]]:
-        """The server, which answers."""
-
-
-class Started:
-    """By the user's command, with the drafting in place of its own."""
-
-    def __init__(self, engine: Engine, command: Command, folder: Path, max_batch: int, ready_s: float, expected: Callable[[str, Drafting], tuple[Pool | None, str]], key: Key | None):  # fmt: skip
-        self._engine, self._command, self._folder, self._max_batch, self._ready_s = engine, command, folder, max_batch, ready_s
-        self._expected, self._key = expected, key
-        self.version, self.differences = "", []  # as the logs say; pools that are not as expected
-
-    @contextmanager
-    def serve(self, drafting: Drafting, number: int) -> Iterator[tuple[Client, Launch]]:
-        port = self._command.port or free_port()
-        words = self._engine.put_together(self._command, drafting, port=port, max_batch=self._max_batch, folder=self._folder)
-        url = f"http://{self._command.host}:{port}"
-        with running(words, log=self._folder / f"launch-{number + 1}.log", url=url, ready_s=self._ready_s) as server:
-            log = self._engine.read_log(server.log_text())
-            self.version = self.version or log.version
-            pool, difference = self._expected(log, drafting)
-            if difference and difference not in self.differences:
-                self.differences.append(difference)
-            yield Client(url, self._key, REQUEST), Launch(
-                drafter=drafting.method, steps=list(drafting.steps), command=without_keys(words), ready_s=server.ready_s, pool=pool, warnings=log.warnings[:20],
-            )  # fmt: skip
-
-
-class There:
-    """Servers that are not to be restarted: one with a drafter, maybe one without."""
-
-    def __init__(self, base: Client, baseline: Client | None):
-        self._base, self._baseline = base, baseline
-
-    @contextmanager
-    def serve(self, drafting: Drafting, number: int) -> Iterator[tuple[Client, Launch]]:
-        client = self._base if drafting.steps else self._baseline
-        if client is None:
-            raise ValueError("no server without a drafter was given")
-        yield client, Launch(drafter=drafting.method, steps=list(drafting.steps), command=[client.name])
-
-
-REQUEST = Bounds(connect_s=5.0, read_s=120.0, total_s=900.0)
-
-
 class Bench:
     """Runs loads, and knows those that a journal already holds."""
 
-    def __init__(self, servers: Servers, asked: AskedTune, seed: int, earlier: list[Piece], keep: Callable[[Piece], None], progress: Progress):
-        self._servers, self._asked, self._seed, self._keep, self._progress = servers, asked, seed, keep, progress
+    def __init__(
+        self, subject: Subject, folder: Path, asked: AskedTune, seed: int, earlier: list[Piece], keep: Callable[[Piece], None], progress: Progress
+    ):
+        self._subject, self._folder, self._asked, self._seed, self._keep, self._progress = subject, folder, asked, seed, keep, progress
         self.launches = [piece.launch for piece in earlier if piece.launch is not None]
         self.runs = [piece.run for piece in earlier if piece.run is not None]
-        self._done = {(piece.stage, piece.repeat, *piece.steps, piece.run.concurrency) for piece in earlier if piece.run is not None}
+        self._done = {(piece.stage, piece.repeat, piece.drafter, *piece.steps, piece.run.concurrency) for piece in earlier if piece.run is not None}
         self.earlier_minutes = sum(piece.minutes for piece in earlier)
         self._began = time.monotonic()
         self.cut: list[str] = []
@@ -115,19 +66,24 @@ class Bench:
     def minutes(self) -> float:
         return self.earlier_minutes + (time.monotonic() - self._began) / 60
 
+    def runs_of(self, items: Sequence[Item]) -> list[Run]:
+        """What was run of these."""
+        keys = {(item.stage, item.repeat, item.drafting.method, *item.drafting.steps) for item in items}
+        return [run for run in self.runs if (run.stage, run.repeat, (at := self.launches[run.launch]).drafter, *at.steps) in keys]
+
     @property
     def requests(self) -> int:
         return sum(run.sent for run in self.runs)
 
     def __call__(self, item: Item, prompts: Callable[[int], list[Prompt]]) -> None:
         """Run what is not done yet. prompts  those of a load"""
-        todo = [load for load in item.loads if (item.stage, item.repeat, *item.drafting.steps, load) not in self._done]
+        about = {"stage": item.stage, "repeat": item.repeat, "drafter": item.drafting.method, "steps": list(item.drafting.steps)}
+        todo = [load for load in item.loads if (item.stage, item.repeat, item.drafting.method, *item.drafting.steps, load) not in self._done]
         self._progress.advance(len(item.loads) - len(todo))
         if not todo or self._stop(item, todo):
             return
-        about = {"stage": item.stage, "repeat": item.repeat, "steps": list(item.drafting.steps)}
         at = time.monotonic()
-        with self._servers.serve(item.drafting, len(self.launches)) as (client, launch):
+        with self._subject.serve(item.drafting, len(self.launches), self._folder) as (client, launch):
             metrics = _has_metrics(client)
             asked = Asked(self._model(client), self._asked.output_len, self._asked.temperature, self._asked.top_p, self._seed)
             self.launches.append(launch)
@@ -139,7 +95,9 @@ class Bench:
             for load in todo:
                 if self._stop(item, [load]):
                     continue
-                found = run_load(client, asked, prompts(load), concurrency=load, metrics=metrics, total_s=REQUEST.total_s, judge=not self._asked.keep_repetitive)
+                found = run_load(
+                    client, asked, prompts(load), concurrency=load, metrics=metrics, total_s=REQUEST.total_s, judge=not self._asked.keep_repetitive
+                )
                 run = Run(
                     launch=len(self.launches) - 1, stage=item.stage, repeat=item.repeat, setting=item.setting(load), concurrency=load, answers=found.answers,
                     prompts=found.prompts, wall_s=found.wall_s, sent=found.sent, degenerate=found.degenerate, short=found.short, counted=found.counted,
@@ -159,9 +117,9 @@ class Bench:
         elif self.requests + most > asked.cap_requests:
             bound = f"--cap-requests {asked.cap_requests}"
         if bound is not None:
-            what = "the check" if item.stage == "check" else f"{item.drafting.method if item.drafting.steps else OFF}, start {item.repeat + 1},"
+            what = f"{item.drafting.method}{f' up to K={item.drafting.draft_len}' if item.drafting.steps else ''}"
             at = ", ".join(map(str, todo))
-            self.cut.append(f"{bound} was reached: {what} at concurrency {at} was not run")
+            self.cut.append(f"{bound} was reached: {item.stage} {item.repeat + 1} of {what} at concurrency {at} was not run")
             self._progress.advance(len(todo))
         return bound is not None
 
@@ -181,14 +139,3 @@ def _has_metrics(client: Client) -> bool:
     except ServerError:
         return False
     return True
-
-
-def shown_command(text: str) -> list[str]:
-    """The words of a command. BadInput where its quotes are not closed."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise BadInput(f"--launch takes a command as a shell would, got one with {str(error).lower()}; check its quotes") from None
-    if not words:
-        raise BadInput("--launch takes the command that starts the server, got nothing; for example 'vllm serve MODEL'")
-    return words

@@ -41,8 +41,11 @@ class Row(NamedTuple):
 class AcceptanceCurve:
     """Tokens per round of one drafter. Without rows it is a usual drafter's, and says nothing of its own doubt."""
 
-    def __init__(self, rows: list[Row], noise: float):
-        """noise: standard deviation of the logarithm of a row's tokens_per_round between repetitions."""
+    def __init__(self, rows: list[Row], noise: float, text_sd: float = 0.0):
+        """noise    standard deviation of the logarithm of a row's tokens_per_round between repetitions
+        text_sd  the part of it that comes from which texts were asked for: it moves all draft lengths alike, and a fresh run again
+        """
+        self._text_variance = text_sd**2 * (1 + 1 / max((row.repeats for row in rows), default=1))
         self._draft_len = np.array([row.draft_len for row in rows], dtype=int)
         self._context_len = np.array([row.context_len for row in rows], dtype=int)
         self._mean_log_context = float(np.mean(np.log(self._context_len))) if rows else 0.0
@@ -67,7 +70,8 @@ class AcceptanceCurve:
         if not len(self._draft_len):
             return np.zeros(len(k))
         one, other = (self._kernel(*pair, self._draft_len, self._context_len) for pair in ((k, context), (other_k, other_context)))
-        return _covariance(k, context, other_k, other_context) - np.einsum("ni,ij,nj->n", one, self._inverse, other)
+        texts = self._text_variance * _drafting(k) * _drafting(other_k)
+        return texts + _covariance(k, context, other_k, other_context) - np.einsum("ni,ij,nj->n", one, self._inverse, other)
 
     def _fit(self, rows: list[Row], noise: float) -> np.ndarray:
         """Six numbers, those that the rows leave open near where drafters usually are."""
@@ -104,8 +108,12 @@ def _covariance(k: np.ndarray, context: np.ndarray, other_k: np.ndarray, other_c
     """How alike two cells depart from the mixture: a part that all contexts share, and one that changes with them. Nothing departs at draft_len 0."""
     near = np.exp(-0.5 * ((np.log1p(k) - np.log1p(other_k)) / LENGTH) ** 2)
     near_context = np.exp(-0.5 * (np.log(context) - np.log(other_context)) ** 2)
-    scale = RESIDUAL_SD**2 * np.sqrt(np.minimum(1.0, k / 2) * np.minimum(1.0, other_k / 2))
-    return scale * near * (1 + near_context)
+    return RESIDUAL_SD**2 * _drafting(k) * _drafting(other_k) * near * (1 + near_context)
+
+
+def _drafting(k: np.ndarray) -> np.ndarray:
+    """How much of what drafts may do a draft_len shows."""
+    return np.sqrt(np.minimum(1.0, k / 2))
 
 
 def _survival(theta: np.ndarray, draft_len: int, log_context: float) -> np.ndarray:

@@ -186,7 +186,9 @@ def _curve(cells: list[ServedCell]) -> AcceptanceCurve | None:
         rows.append(Row(draft_len, context_len, float(np.exp(logs.mean())), mean, len(own)))
     prior = 4  # as good as so many repetitions
     noise = np.sqrt((scatter + prior * USUAL_NOISE**2) / (freedom + prior))
-    return AcceptanceCurve(rows, max(float(noise), LEAST_NOISE))
+    told = [cell.tokens_sd for cell in cells if cell.tokens_sd is not None]
+    texts = float(np.sqrt(np.mean(np.square(told)))) if told else 0.0
+    return AcceptanceCurve(rows, max(float(noise), LEAST_NOISE, texts), texts)
 
 
 def _tokens_per_round(cell: ServedCell) -> float | None:

@@ -48,6 +48,7 @@ def run_load(
     concurrency: int,
     metrics: bool,
     total_s: float,
+    judge: bool = True,
     advance: Callable[[], None] = lambda: None,
     deadline: float | None = None,
 ) -> Load:
@@ -55,6 +56,7 @@ def run_load(
 
     metrics  what the server counts is read once the load is whole, and before it ends: it has /metrics
     total_s  that one request may take
+    judge  answers that repeat themselves are left out
     advance  called once for each counted answer, in this thread
     deadline  time.monotonic() after which no prompt is sent any more, but for the first of each worker
     """
@@ -85,7 +87,7 @@ def run_load(
         after = counters.scrape(client, METRICS) if metrics else None  # before the rest is dropped, so that it is of a full load
         loop.over.set()
         own.abort()
-    return _sum_up(found, wall_s, loop.sent, _count(client, before, after, lengths))
+    return _sum_up(found, judge, wall_s, loop.sent, _count(client, before, after, lengths))
 
 
 @contextmanager
@@ -141,13 +143,13 @@ class _Loop:
         return None, self._prompts[other % len(self._prompts)], self._asked._replace(seed=self._asked.seed + OTHER_SEED + other)
 
 
-def _sum_up(found: dict[int, Written], wall_s: float, sent: int, counted: Counted | None) -> Load:
+def _sum_up(found: dict[int, Written], judge: bool, wall_s: float, sent: int, counted: Counted | None) -> Load:
     answers, places, degenerate, short, kept = [], [], 0, 0, []
     for place in sorted(found):
         written = found[place]
         if written.answer is None:
             short += 1
-        elif repeats_itself(written.text):
+        elif judge and repeats_itself(written.text):
             degenerate += 1
         else:
             answers.append(written.answer)

@@ -12,10 +12,11 @@ from planner.files import read_bytes
 CHARS_PER_TOKEN = 4  # of English text, roughly; what a prompt really holds is the server's count
 
 
-def read_prompts(paths: list[str], *, count: int, context_len: int, seed: int) -> list[Prompt]:
+def read_prompts(paths: list[str], *, count: int, context_len: int, seed: int, least: int | None = None) -> list[Prompt]:
     """`count` prompts of files in turn, kind by kind. BadInput if there are not enough.
 
     context_len  tokens to cut raw text to; chats and prompts of a .jsonl file are sent as they are
+    least        so many are enough, and no more than there are come
     """
     files = expand(paths)
     if not files:
@@ -26,9 +27,9 @@ def read_prompts(paths: list[str], *, count: int, context_len: int, seed: int) -
         prompts = _pieces(text, context_len * CHARS_PER_TOKEN) if path.suffix == ".txt" else [_chat(own) for own in read_chats(path, text)]
         by_kind[kind].append([prompts[i] for i in rng.permutation(len(prompts))])
     available = sum(len(prompts) for own in by_kind.values() for prompts in own)
-    if available < count:
-        raise BadInput(f"{count} prompts are needed, the dataset holds {available}; add files or lower --texts")
-    return in_turn([in_turn(own, available) for own in by_kind.values()], count)
+    if available < (count if least is None else least):
+        raise BadInput(f"{count if least is None else least} prompts are needed, the dataset holds {available}; add files or lower --texts")
+    return in_turn([in_turn(own, available) for own in by_kind.values()], min(count, available))
 
 
 def _pieces(text: str, size: int) -> list[Prompt]:

@@ -7,7 +7,7 @@ import pynvml
 import pytest
 from model_configs import DEEPSEEK, EAGLE, LLAMA, MIXTRAL, PAIRS, QWEN2, QWEN3, QWEN3_MOE, write
 
-from planner.commands.local_system import local_system
+from planner.commands.local_system import local_cpu, local_gpu
 from planner.commands.sizes import model_size, read_system, sized, system_spec
 from planner.errors import BadInput
 from planner.serving import ModelSize, SystemSpec
@@ -203,6 +203,6 @@ def test_the_device_of_this_machine_is_its_gpu_or_its_cpu(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: Memory)
-    assert local_system() == SystemSpec(name="NVIDIA H100 80GB HBM3", memory_bytes=memory, fraction=0.9)
+    assert local_gpu() == SystemSpec(name="NVIDIA H100 80GB HBM3", memory_bytes=memory, fraction=0.9)
     failing.append(True)
-    assert local_system().memory_bytes == psutil.virtual_memory().total
+    assert local_gpu() is None and local_cpu().memory_bytes == psutil.virtual_memory().total
