@@ -92,7 +92,7 @@ def tune(
             launches=bench.launches, runs=bench.runs, profile=PROFILE, schedule=SCHEDULE, chosen=list(choice.steps), loads=choice.loads,
             yours=subject.yours, predicted_gain=choice.gain, paste=subject.paste(choice.steps, folder),
             checked=checked_loads(roles, loads, profile.cells[0].context_len, objective) if "chosen" in roles else [],
-            max_draft_len=asked.max_draft_len, defects=find_defects(bench.runs, bench.launches), cut=bench.cut,
+            max_draft_len=asked.max_draft_len, defects=find_defects(bench.runs, bench.launches, engine=subject.rules.name), cut=bench.cut,
             notes=[*choice.schedule.notes, *profile.warnings, *prompts.notes, *_differences(bench)],
         )  # fmt: skip
         write_whole(folder / TUNING, encode(tuning))
@@ -151,7 +151,7 @@ def _check_items(subject: Subject, choice: Choice, asked: AskedTune, places: lis
     """By role: what was chosen beside off and what the user runs now."""
     if not subject.restarts or not asked.check_texts:
         return {}
-    at = tuple(places[i] for i in sorted({0, len(places) // 2, len(places) - 1}))
+    at = _checked_places(places)
     roles: dict[str, Drafting] = {"chosen": subject.drafting(choice.steps)}
     for role, drafting in {"off": subject.drafting(()), "yours": subject.yours_drafting}.items():
         if drafting is not None and drafting not in roles.values():
@@ -161,17 +161,22 @@ def _check_items(subject: Subject, choice: Choice, asked: AskedTune, places: lis
     return found if len(found) > 1 else {}
 
 
+def _checked_places(places: list[int]) -> tuple[int, ...]:
+    """Of the loads that were measured, both ends and the middle."""
+    return tuple(places[i] for i in sorted({0, len(places) // 2, len(places) - 1}))
+
+
 class _Prompts:
     """Prompts of a tuning: those to measure with, and those kept for the check."""
 
     def __init__(self, dataset: Sequence[str], asked: AskedTune, items: list[Item], places: list[int], seed: int):
         self._sizes = _sizes(asked, items, places)
-        self._check = max(asked.check_texts, 2)
-        measured, check = sum(self._sizes.values()), (self._check + places[-1]) * bool(asked.check_texts)
-        repeats = 1 + max(item.repeat for item in items)
-        least = max(self._sizes.values()) + check
+        self._checks = {load: max(asked.check_texts, load, 2) for load in _checked_places(places)} if asked.check_texts else {}
+        measured, check, repeats = sum(self._sizes.values()), sum(self._checks.values()), 1 + max(item.repeat for item in items)
+        least = max(self._sizes.values()) + max(self._checks.values(), default=0)
         found = read_prompts(list(dataset), count=measured * repeats + check, least=least, context_len=asked.context_len, seed=seed)
-        self._held, self._pool = found[:check], found[check:]
+        held = min(check, max(len(found) - measured, max(self._checks.values(), default=0)))
+        self._held, self._pool = found[:held], found[held:]
         self._starts = {load: sum(size for at, size in self._sizes.items() if at < load) for load in self._sizes}
         self._measured = measured
         self.digest = hashlib.sha256(msgspec.json.encode(found)).hexdigest()
@@ -187,7 +192,8 @@ class _Prompts:
         return [self._pool[(begin + i) % len(self._pool)] for i in range(self._sizes[load])]
 
     def to_check(self, load: int) -> list[Prompt]:
-        return self._held[: max(self._check, load)]
+        begin = sum(size for at, size in self._checks.items() if at < load)
+        return [self._held[(begin + i) % len(self._held)] for i in range(self._checks[load])]
 
 
 def _sizes(asked: AskedTune, items: list[Item], places: list[int]) -> dict[int, int]:
