@@ -155,11 +155,11 @@ def address(host: str, port: int) -> str:
 
 
 def secrets(words: Sequence[str], env: Mapping[str, str] | None = None) -> list[str]:
-    """Values of keys and tokens in a command and its environment, the longest first."""
+    """Values of keys and tokens in a command and its environment, the longest first. Shorter ones than 4 characters hide nothing, and would blot logs."""
     found = [word for word, shown in zip(words, recorded(words), strict=True) if word != shown]
     found = [word.partition("=")[2] if word.startswith("--") or SECRET_NAMES.fullmatch(word.partition("=")[0]) else word for word in found]
     found += [value for name, value in (env or {}).items() if SECRET_NAMES.fullmatch(name)]
-    return sorted({value for value in found if value}, key=len, reverse=True)
+    return sorted({value for value in found if len(value) >= 4}, key=len, reverse=True)
 
 
 def recorded(words: Sequence[str]) -> list[str]:

@@ -122,6 +122,9 @@ def _yours(said: dict[str, str | None], flags: list[tuple[str, list[str]]]) -> t
     length = whole(said.get(name, DEFAULTS[name]), name, 0, MAX_DRAFT_LEN)
     if length == 0:
         return (Setting(), Drafting()) if method in MODELLESS else (Setting(drafter=method, draft_len=0), None)
+    lookup = whole(said.get(SIZE_N, DEFAULTS[SIZE_N]), SIZE_N, 1, 2**16) if method == "ngram" else 0
+    if length < lookup:  # no draft is shorter than what is looked up, so none is made
+        return Setting(drafter=method, draft_len=0), None
     rest = [word for own, words in flags if own not in OURS and not (own == P_MIN and _is_zero(said[P_MIN])) for word in (own, *words[1:])]
     if method == "ngram" and SIZE_N not in said:
         rest += [SIZE_N, DEFAULTS[SIZE_N]]
@@ -131,9 +134,9 @@ def _yours(said: dict[str, str | None], flags: list[tuple[str, list[str]]]) -> t
 def _draft_words(drafting: Drafting) -> list[str]:
     check_drafting("llama.cpp", drafting, MODELLESS)
     drafts = exporter.draft_config(drafting.method, drafting.draft_model, drafting.draft_len)
-    if SIZE_N in (rest := list(drafting.words)):  # no draft is shorter than what is looked up
+    if SIZE_N in (rest := list(drafting.words)):
         at = rest.index(SIZE_N) + 1
-        rest[at] = str(min(whole(rest[at], SIZE_N, 1, MAX_DRAFT_LEN), drafting.draft_len))
+        rest[at] = str(min(int(rest[at]), drafting.draft_len))
     own = {key: value for key, value in drafts.items() if f"--{key}" not in rest}  # a user's threshold or lookup stays
     return [*to_flags(own), *rest]
 

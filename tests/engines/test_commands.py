@@ -336,6 +336,7 @@ def test_llama_cpp_is_never_told_to_look_more_tokens_up_than_it_drafts(tmp_path)
         assert value(together("llama-server -m M", Drafting("ngram", None, steps(draft_len)), tmp_path), "--spec-ngram-simple-size-n") == lookup
     found = apart("llama-server -m M --spec-type ngram-simple")  # its defaults: 12 and 48
     assert found.yours.draft_len == 48
+    assert apart("llama-server -m M --spec-type ngram-simple --spec-ngram-simple-size-m 4").yours == Setting(drafter="ngram", draft_len=0)
     words = together("llama-server -m M", drafting_like(found, "ngram", None, steps(5)), tmp_path)
     assert value(words, "--spec-ngram-simple-size-n") == "5" and words.count("--spec-ngram-simple-size-n") == 1
 

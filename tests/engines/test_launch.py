@@ -262,7 +262,8 @@ def test_keys_are_left_out_of_what_is_written_down(words, written):
 
 
 def test_secrets_are_values_the_longest_first():
-    assert secrets(["env", "A_TOKEN=ab", "x", "--api-key=abc", "--hf-token", "abcd"], {"MY_SECRET": "e", "PATH": "p"}) == ["abcd", "abc", "ab", "e"]
+    words = ["env", "A_TOKEN=abcd", "x", "--api-key=abcdef", "--hf-token", "abcde", "--api-key", "1"]
+    assert secrets(words, {"MY_SECRET": "efgh-ijk", "PATH": "path"}) == ["efgh-ijk", "abcdef", "abcde", "abcd"]
 
 
 def test_what_a_log_ends_with_is_short_and_without_control_characters():
