@@ -50,9 +50,7 @@ def take_apart(words: list[str]) -> Command:
     head, rest = split_program(words)
     rest, speculative = take(rest, _speculative_name, lambda name: True)
     rest, said = take_named(rest, {"--host": ["--host"], "--port": ["--port"]})
-    _, kept = take_named(rest, {"model": ["--model"], "tp": ["--tensor-parallel-size", "-tp"], "config": ["--config"], "uds": ["--uds"]})
-    if "uds" in kept:
-        raise BadInput(f"a server is measured at a port, the command says --uds {kept['uds'][:80]!r}; leave it out")
+    _, kept = take_named(rest, {"model": ["--model"], "tp": ["--tensor-parallel-size", "-tp"], "config": ["--config"]})
     file = read_config(kept["config"]) if "config" in kept else {}
     if drafts := next((key for key in file if key.startswith("spec")), None):
         raise BadInput(

@@ -18,6 +18,7 @@ from planner.files import read_bytes
 from planner.serving import OFF
 
 MODULES = {"vllm.entrypoints.openai.api_server": "vllm", "sglang.launch_server": "sglang"}
+ELSEWHERE = ("--uds", "--api-prefix")
 MAX_PORT, MAX_DRAFT_LEN, MAX_RANKS = 65535, 1024, 1024
 MAX_WARNINGS, WARNING_LENGTH = 20, 300
 
@@ -44,7 +45,10 @@ def recognise(words: Sequence[str]) -> tuple[str, int] | None:
 
 
 def split_program(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The program with what stands before it, and its arguments."""
+    """The program with what stands before it, and its arguments. BadInput where it would be waited for in vain."""
+    elsewhere = (flag for flag in (dashed(word.partition("=")[0]) for word in words) if flag.startswith("--ssl-") or flag in ELSEWHERE)
+    if flag := next(elsewhere, None):
+        raise BadInput(f"a launched server is measured at http://HOST:PORT, the command says {flag[:80]}; leave it out while it is tuned")
     known = recognise(words)
     begin = 1 if known is None else known[1]
     return list(words[:begin]), list(words[begin:])

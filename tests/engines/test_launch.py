@@ -127,7 +127,7 @@ def test_a_command_that_hangs_is_waited_for_in_bounds_and_ended(tmp_path):
 
 
 def test_an_endless_log_is_read_in_bounds(tmp_path, monkeypatch):
-    script = "import sys\nprint('version 1.2')\nwhile True: sys.stdout.write('noise ' * 1000 + chr(10))"
+    script = "import sys, time\nprint('version 1.2')\nwhile True: sys.stdout.write('noise ' * 20000 + chr(10)); time.sleep(0.002)"
     with pytest.raises(ServerError, match=r"healthy within 0.6 s.*'noise") as error:
         started(tmp_path, script, ready_s=0.6)
     assert len(str(error.value)) < 1000
