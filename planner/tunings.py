@@ -61,6 +61,18 @@ class Run(Spec, kw_only=True):
     degenerate: Natural = 0  # answers that repeat themselves, left out
     short: Natural = 0  # answers of fewer than 2 tokens, left out
     counted: Counted | None = None  # None: the engine counts nothing
+    prompts: list[Natural] = []  # [i] place, among the load's prompts, of the one that answers[i] answers
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean over tokens."""
+        return sum(answer.decode_s for answer in self.answers) / sum(answer.output_tokens - 1 for answer in self.answers)
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Of all requests together, by Little's law: how the load begins and ends does not count, since it is kept up all the time."""
+        whole_s = sum(answer.ttft_s + answer.decode_s for answer in self.answers)
+        return self.concurrency * sum(answer.output_tokens for answer in self.answers) / whole_s
 
 
 class Defect(Spec, kw_only=True):

@@ -7,9 +7,8 @@ prompts of a group share their moment, so a group counts once in an interval.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from planner.commands.groups import whole_groups
 from planner.commands.progress import Progress, Silent
 from planner.engines.completions import Asked, Prompt, complete, served_models
 from planner.engines.http import Bounds, Client, Key
+from planner.engines.load import threads
 from planner.engines.prompts import read_prompts
 from planner.errors import BadInput, ServerError
 from planner.measurements import fingerprint
@@ -73,15 +73,15 @@ def canary(
     progress.stage("canary", 2 * (1 + sum(size // load for size, load in zip(sizes, loads, strict=True))))
     cells, objective = [], "tpot" if plan.objective == "tpot" else "throughput"
     predict = _predictions(plan)
-    with _threads(loads[-1], clients) as threads:
+    with threads(loads[-1], clients) as pool:
         for client, own in zip(clients, both, strict=True):  # not measured: connections, lazily compiled kernels
-            _run(threads, client, own, prompts[-1:], bounds)
+            _run(pool, client, own, prompts[-1:], bounds)
             progress.advance()
         for load, size in zip(loads, sizes, strict=True):
             runs: tuple[list[Group], list[Group]] = ([], [])
             for at in range(0, size, load):
                 for which in (0, 1) if at // load % 2 == 0 else (1, 0):
-                    runs[which].append(_run(threads, clients[which], both[which], prompts[at : at + load], bounds))
+                    runs[which].append(_run(pool, clients[which], both[which], prompts[at : at + load], bounds))
                     progress.advance()
             cells.append(_cell(load, *runs, objective, min_speedup, 1 - (1 - CONFIDENCE) / len(loads), predict(load)))
     passed, decided = all(cell.verdict == "pass" for cell in cells), any(cell.verdict == "fail" for cell in cells)
@@ -105,23 +105,10 @@ def canary(
     )
 
 
-@contextmanager
-def _threads(count: int, clients: list[Client]) -> Iterator[ThreadPoolExecutor]:
-    """Where something fails, or Ctrl-C ends it, nobody waits for answers that are under way."""
-    with ThreadPoolExecutor(count) as threads:
-        try:
-            yield threads
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            for client in clients:
-                client.abort()
-            raise
-
-
-def _run(threads: ThreadPoolExecutor, client: Client, asked: Asked, prompts: list[Prompt], bounds: Bounds) -> Group:
+def _run(pool: ThreadPoolExecutor, client: Client, asked: Asked, prompts: list[Prompt], bounds: Bounds) -> Group:
     """All prompts at once."""
     begin = time.perf_counter()
-    futures = [threads.submit(complete, client, prompt, asked, bounds.total_s) for prompt in prompts]
+    futures = [pool.submit(complete, client, prompt, asked, bounds.total_s) for prompt in prompts]
     wait(futures, return_when=FIRST_EXCEPTION)
     for future in futures:
         if future.done():

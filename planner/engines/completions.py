@@ -4,6 +4,7 @@ A piece of a stream may hold several tokens where drafts are accepted, so tokens
 """
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from planner.canaries import Answer
 from planner.engines.http import Client
 
 MAX_TOKENS = 2**20  # of a request
+NOT_STREAMED = "the whole answer came in one piece, so it is not streamed; a proxy between may hold it back"
+ONE_PIECE = 32  # tokens that may come as one: a whole round of drafts, and the end of the text
 
 
 class Prompt(NamedTuple):
@@ -32,6 +35,16 @@ class Asked(NamedTuple):
     seed: int = 0
 
 
+class Written(NamedTuple):
+    """An answer, and what is not kept of it."""
+
+    answer: Answer | None  # None: it is too short to time tokens by
+    text: str
+    tokens: int
+    drafted: int | None  # tokens; None where the server does not say (llama.cpp does)
+    accepted: int | None
+
+
 class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
@@ -43,8 +56,8 @@ class _Choice(msgspec.Struct):
     delta: _Delta | None = None
 
     @property
-    def holds_text(self) -> bool:
-        return bool(self.text or self.delta and (self.delta.content or self.delta.reasoning_content or self.delta.reasoning))
+    def written(self) -> str:
+        return self.text or self.delta and (self.delta.content or self.delta.reasoning_content or self.delta.reasoning) or ""
 
 
 class _Usage(msgspec.Struct):
@@ -52,9 +65,17 @@ class _Usage(msgspec.Struct):
     prompt_tokens: int
 
 
+class _Timings(msgspec.Struct):
+    """llama.cpp's, of what has a drafter."""
+
+    draft_n: int | None = None
+    draft_n_accepted: int | None = None
+
+
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
+    timings: _Timings | None = None
     error: Any = None
 
 
@@ -72,8 +93,19 @@ def served_models(client: Client) -> list[str]:
 
 
 def complete(client: Client, prompt: Prompt, asked: Asked, total_s: float) -> Answer:
-    """Send one request and read its stream, in at most so many seconds. ServerError where it breaks off, or counts no tokens."""
-    path = "/v1/completions" if prompt.text is not None else "/v1/chat/completions"
+    """Send one request and read its stream, in at most so many seconds. ServerError where it breaks off, or is too short to be timed."""
+    written = write(client, prompt, asked, total_s)
+    if written.answer is None:
+        raise client.trouble(_path(prompt), NOT_STREAMED if written.tokens >= 2 else f"an answer needs 2 tokens or more, it counts {written.tokens}")
+    return written.answer
+
+
+def write(client: Client, prompt: Prompt, asked: Asked, total_s: float, begun: Callable[[], None] = lambda: None) -> Written:
+    """Send one request and read its stream, in at most so many seconds. ServerError where it breaks off, or counts no tokens.
+
+    begun  called with the first piece
+    """
+    path = _path(prompt)
     about = (
         {"prompt": prompt.text}
         if prompt.text is not None
@@ -83,23 +115,36 @@ def complete(client: Client, prompt: Prompt, asked: Asked, total_s: float) -> An
         "model": asked.model, "max_tokens": asked.output_len, "temperature": asked.temperature, "top_p": asked.top_p, "seed": asked.seed,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
-    begin, times, usage = time.perf_counter(), [], None
+    begin, times, pieces, usage, timings = time.perf_counter(), [], [], None, _Timings()
     for at, data in client.events(path, payload, total_s):
         event = client.decode(data, _Event, path)
         if event.error is not None:
             raise client.trouble(path, f"it broke off with an error: {client.quoted(str(event.error))}")
-        if any(choice.holds_text for choice in event.choices):
+        if piece := "".join(choice.written for choice in event.choices):
+            if not times:
+                begun()
             times.append(at)
-        usage = event.usage or usage
+            pieces.append(piece)
+        usage, timings = event.usage or usage, event.timings or timings
     if usage is None:
         raise client.trouble(path, "it counts no tokens: a stream must end with usage (stream_options include_usage)")
-    if not (times and 2 <= usage.completion_tokens <= asked.output_len and 0 <= usage.prompt_tokens <= MAX_TOKENS * 16):
-        told = client.quoted(f"{usage.completion_tokens} of {asked.output_len} in {len(times)} pieces")
-        raise client.trouble(path, f"an answer needs 2 tokens or more, and no more than were asked for, it counts {told}")
+    tokens, drafted, accepted = usage.completion_tokens, timings.draft_n, timings.draft_n_accepted
+    if not (0 <= tokens <= asked.output_len and 0 <= usage.prompt_tokens <= MAX_TOKENS * 16):
+        told = client.quoted(f"{tokens} of {asked.output_len} in {len(times)} pieces")
+        raise client.trouble(path, f"an answer holds no more than were asked for, it counts {told}")
+    if not 0 <= (accepted or 0) <= (drafted or 0) <= MAX_TOKENS:
+        raise client.trouble(path, f"no more can be accepted than was drafted, it counts {client.quoted(f'{accepted} of {drafted}')}")
     gaps = [b - a for a, b in pairwise(times)]
-    if not gaps or times[-1] <= times[0]:
-        raise client.trouble(path, "the whole answer came in one piece, so it is not streamed; a proxy between may hold it back")
-    return Answer(
-        ttft_s=times[0] - begin, decode_s=times[-1] - times[0], output_tokens=usage.completion_tokens, prompt_tokens=usage.prompt_tokens,
-        chunks=len(times), longest_gap_s=max(gaps),
-    )  # fmt: skip
+    if tokens > ONE_PIECE and (not gaps or times[-1] <= times[0]):
+        raise client.trouble(path, NOT_STREAMED)
+    answer = None
+    if gaps and tokens >= 2 and times[-1] > times[0]:
+        answer = Answer(
+            ttft_s=times[0] - begin, decode_s=times[-1] - times[0], output_tokens=tokens, prompt_tokens=usage.prompt_tokens, chunks=len(times),
+            longest_gap_s=max(gaps),
+        )  # fmt: skip
+    return Written(answer, "".join(pieces), tokens, drafted, accepted)
+
+
+def _path(prompt: Prompt) -> str:
+    return "/v1/completions" if prompt.text is not None else "/v1/chat/completions"

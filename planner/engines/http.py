@@ -77,6 +77,10 @@ class Client:
         self._aborted = False
         self.name = f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}{self.path}"  # as messages call it
 
+    def another(self) -> "Client":
+        """A client of the same server, which is aborted on its own."""
+        return Client(self.name, self._key, self.bounds)
+
     def get(self, path: str = "") -> bytes:
         """The whole answer."""
         with self._asked("GET", path, None, self.bounds) as answer:

@@ -85,12 +85,12 @@ def watch(
     advance: Callable[[], None] = lambda: None,
 ) -> Watched:
     """Scrape now, every interval, and when the window ends. A server that is away for a while is scraped again; the first scrape must be answered."""
-    begin, found, failed = clock(), [(clock(), _scrape(client))], 0
+    begin, found, failed = clock(), [(clock(), scrape(client))], 0
     last: ServerError | None = None
     while (now := clock()) < begin + window_s:
         sleep(min(interval_s, begin + window_s - now))
         try:
-            found.append((clock(), _scrape(client)))
+            found.append((clock(), scrape(client)))
         except ServerError as error:
             failed, last = failed + 1, error
         advance()
@@ -113,8 +113,9 @@ def compare_files(before: tuple[bytes, str], after: tuple[bytes, str], seconds: 
     return Watched(ENGINES[later.prefix], [own] if own.tokens > 0 else [], seconds, 2, 0, 0)
 
 
-def _scrape(client: Client) -> Scrape:
-    content = client.get()
+def scrape(client: Client, path: str = "") -> Scrape:
+    """What a server counts now."""
+    content = client.get(path)
     try:
         return read_scrape(content, client.name)
     except PlannerError as error:  # it quotes what the server said
