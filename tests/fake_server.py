@@ -22,115 +22,37 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
-WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-    "problem",
-    "hand",
-    "part",
-    "place",
-    "case",
-    "week",
-    "company",
-    "system",
-    "program",
-    "question",
-    "work",
-    "government",
-    "number",
-    "night",
-    "point",
-    "home",
-    "water",
-    "room",
-    "mother",
-    "area",
-    "money",
-    "story",
-    "fact",
-    "month",
-    "lot",
-    "right",
-    "study",
-    "book",
-    "eye",
-    "job",
-    "word",
-    "business",
-    "issue",
-    "side",
-    "kind",
-    "head",
-    "house",
-    "service",
-    "friend",
-    "father",
-    "power",
-    "hour",
-    "game",
-    "line",
-    "end",
-    "member",
-    "law",
-    "car",
-    "city",
-    "community",
-    "name",
-    "president",
-    "team",
-    "minute",
-    "idea",
-    "body",
-    "information",
-    "back",
-    "parent",
-    "face",
-    "others",
-    "level",
-    "office",
-    "door",
-    "health",
-    "person",
-    "art",
-    "war",
-    "history",
-    "party",
-    "result",
-    "change",
-    "morning",
-    "reason",
-    "research",
-    "girl",
-    "guy",
-    "moment",
-    "air",
-    "teacher",
-    "force",
-    "education",
-]
+WORDS = [f"word{i}" for i in range(500)]
 PER_SEQUENCE = 0.01  # of a step: what one more token in it costs at least
 FULL = 100  # tokens in a step from which on it is compute-bound
 DRAFT = 0.08  # of a step, for each drafted token
 PREFILL_S = 2e-6  # a prompt token
 POSITIONS = 64
+
+
+@contextmanager
+def launched(*words):
+    """Address of a server in a process of its own, started with these words."""
+    process = subprocess.Popen([sys.executable, __file__, *words, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "listening on " in line:
+                break
+        else:
+            raise RuntimeError("".join(said))
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # it must not wait for a full pipe
+        yield line.split("listening on ")[1].strip()
+    finally:
+        process.kill()
+        process.wait()
 
 
 class Told:
