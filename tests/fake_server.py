@@ -11,7 +11,7 @@ prompt alone. Only the standard library: it answers 0.2 s after it was started.
         pool=N           tokens that the KV cache holds (400000)     version=V         what it calls itself (0.33.0; b10434)
         slow-start=S     listens only after S seconds                die-after=N       exits with 1 once N answers are whole
         ignore-schedule  drafts num_speculative_tokens at any load   collapse=B        steps take 3 times as long where a schedule runs B or more
-        idle-cost=X      of a step that drafts nothing (0)        never=I           draft I (0, 1, ..) and those behind it are never accepted
+        idle-cost=X      of a step that drafts nothing (0)           never=I           draft I (0, 1, ..) and those behind it are never accepted
         degenerate=P     share of answers that repeat themselves     short=P           share of answers that end with their first token
         warn=TEXT        a line of its log
 """
