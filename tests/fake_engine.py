@@ -226,7 +226,9 @@ def misbehave(pieces, *, delay_s=0.0, forever=False, close=True):
         try:
             request = b""
             while b"\r\n\r\n" not in request or len(request.partition(b"\r\n\r\n")[2]) < _length(request):
-                request += connection.recv(65536)  # whole: closing on what is unread would reset the connection
+                if not (piece := connection.recv(65536)):
+                    return  # who asked has left
+                request += piece  # whole: closing on what is unread would reset the connection
             taken.append(request)
             while True:
                 for piece in pieces:

@@ -8,10 +8,10 @@ one token more. K follows the schedule for the requests that run at that moment.
 prompt alone. Only the standard library: it answers 0.2 s after it was started.
 
 --fake  step=S           seconds of a step at load 1 (0.004)         gain=A            acceptance of each draft, given those before it (0.8)
-        pool=N           tokens that the KV cache holds (400000)     version=V         what it calls itself (0.33.0)
+        pool=N           tokens that the KV cache holds (400000)     version=V         what it calls itself (0.33.0; b10434)
         slow-start=S     listens only after S seconds                die-after=N       exits with 1 once N answers are whole
         ignore-schedule  drafts num_speculative_tokens at any load   collapse=B        steps take 3 times as long where a schedule runs B or more
-        idle-cost=X      of a step that drafts nothing (0)        never=I           draft I (0, 1, ..) and those behind it are never accepted
+        idle-cost=X      of a step that drafts nothing (0)           never=I           draft I (0, 1, ..) and those behind it are never accepted
         degenerate=P     share of answers that repeat themselves     short=P           share of answers that end with their first token
         warn=TEXT        a line of its log
 """
@@ -22,115 +22,38 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
-WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-    "problem",
-    "hand",
-    "part",
-    "place",
-    "case",
-    "week",
-    "company",
-    "system",
-    "program",
-    "question",
-    "work",
-    "government",
-    "number",
-    "night",
-    "point",
-    "home",
-    "water",
-    "room",
-    "mother",
-    "area",
-    "money",
-    "story",
-    "fact",
-    "month",
-    "lot",
-    "right",
-    "study",
-    "book",
-    "eye",
-    "job",
-    "word",
-    "business",
-    "issue",
-    "side",
-    "kind",
-    "head",
-    "house",
-    "service",
-    "friend",
-    "father",
-    "power",
-    "hour",
-    "game",
-    "line",
-    "end",
-    "member",
-    "law",
-    "car",
-    "city",
-    "community",
-    "name",
-    "president",
-    "team",
-    "minute",
-    "idea",
-    "body",
-    "information",
-    "back",
-    "parent",
-    "face",
-    "others",
-    "level",
-    "office",
-    "door",
-    "health",
-    "person",
-    "art",
-    "war",
-    "history",
-    "party",
-    "result",
-    "change",
-    "morning",
-    "reason",
-    "research",
-    "girl",
-    "guy",
-    "moment",
-    "air",
-    "teacher",
-    "force",
-    "education",
-]
+WORDS = [f"word{i}" for i in range(500)]
 PER_SEQUENCE = 0.01  # of a step: what one more token in it costs at least
 FULL = 100  # tokens in a step from which on it is compute-bound
 DRAFT = 0.08  # of a step, for each drafted token
 PREFILL_S = 2e-6  # a prompt token
 POSITIONS = 64
+KV_BYTES = 23040  # a token
+
+
+@contextmanager
+def launched(*words):
+    """Address of a server in a process of its own, started with these words."""
+    process = subprocess.Popen([sys.executable, __file__, *words, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "listening on " in line:
+                break
+        else:
+            raise RuntimeError("".join(said))
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # it must not wait for a full pipe
+        yield line.split("listening on ")[1].strip()
+    finally:
+        process.kill()
+        process.wait()
 
 
 class Told:
@@ -161,8 +84,8 @@ class Told:
         if unknown := fake.keys() - set(known):
             sys.exit(f"--fake: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
         self.fake = lambda name, usual=0.0: float(fake.get(name, usual))
-        self.version, self.warning = fake.get("version", "0.33.0"), fake.get("warn")
         self.vllm = bool(words) and words[0] == "serve"
+        self.version, self.warning = fake.get("version", "0.33.0" if self.vllm else "b10434"), fake.get("warn")
         parser = argparse.ArgumentParser(allow_abbrev=False)
         parser.add_argument("--port", type=int, default=8000 if self.vllm else 8080)
         parser.add_argument("--host", default="127.0.0.1")
@@ -368,10 +291,16 @@ async def serve(told):
     engine = Engine(told)
     if told.vllm:
         log(told, f"vLLM API server version {told.version}")
+        log(told, f"Available KV cache memory: {engine.pool * KV_BYTES / 2**30:.2f} GiB")
         log(told, f"GPU KV cache size: {engine.pool:,} tokens")
         log(told, f"Maximum concurrency for {told.max_len:,} tokens per request: {engine.pool / told.max_len:.2f}x")
     else:
-        log(told, f"llama_kv_cache: size = {engine.pool * 23040 / 2**20:8.2f} MiB ({engine.pool:6d} cells,  30 layers, {told.parallel:2d} seqs)")
+        log(told, f"build: {told.version.removeprefix('b')} (7e4c0a9) with made for x86_64")
+        size = engine.pool * KV_BYTES / 2**20
+        log(
+            told,
+            f"llama_kv_cache: size = {size:8.2f} MiB ({engine.pool:6d} cells,  30 layers, {told.parallel:2d}/1 seqs), K (f16): {size / 2:7.2f} MiB",
+        )
     if told.warning:
         log(told, told.warning)
     await asyncio.sleep(told.fake("slow-start"))

@@ -3,6 +3,7 @@
 Every prompt is sent once and counted. Where none is left to send, requests that do not count (prompts again, with other seeds) keep the
 load up until the last counted answer is whole, and are then dropped. So throughput follows from the counted answers alone
 (tunings.Run.output_tokens_per_s), and what the server counts meanwhile, requests that do not count among them, is of the same load.
+Answers left out are among what it counts as well, unless it says with each answer what it drafted, as llama.cpp does.
 """
 
 import queue
@@ -171,6 +172,8 @@ def _count(client: Client, before: Scrape | None, after: Scrape | None, lengths:
         own = counters.stretch(after, before, None, client.name, "an earlier scrape")
     except PlannerError as error:  # it may quote what the server said
         raise BadInput(client.hidden(str(error))) from None
+    if own.tokens <= 0:
+        return None
     accepted, tokens = own.accepted, own.tokens
     if after.prefix == "sglang:":  # drafts are not counted; the gauge before is of another load
         lengths = [length for length in [*lengths, *after.gauges.get("spec_accept_length", [])] if length >= 1]

@@ -192,7 +192,9 @@ def _starved(runs: Sequence[Run], launches: Sequence[Launch], engine: str) -> li
         sd = math.sqrt(float((rest**2).sum()) * len(rest) / max(1, len(rest) - 1)) / whole_s.sum()
         if len(rest) < 2 or share - _z() * sd < STARVED or busy > run.concurrency * (1 - STARVED):
             continue
-        said.append(f"of {run.concurrency} requests in the system {busy:.1f} decode at once, a first token takes {1e3 * np.median(ttft_s):.3g} ms")
+        said.append(
+            f"{_name(run.setting)}: of {run.concurrency} requests in the system {busy:.1f} decode at once, a first token takes {1e3 * np.median(ttft_s):.3g} ms"
+        )
         pool, tokens = launches[run.launch].pool, np.mean([answer.prompt_tokens + answer.output_tokens for answer in run.answers])
         if pool is not None and pool.tokens is not None and pool.tokens / tokens < run.concurrency:
             pools.append(f"; its KV cache of {pool.tokens} tokens holds {pool.tokens / tokens:.0f} requests of {tokens:.0f}")

@@ -1,16 +1,13 @@
 """The closed loop, against servers in this process and against tests/fake_server.py in its own."""
 
 import json
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, misbehave
+from fake_server import launched
 
 from planner.engines.completions import Asked, Prompt
 from planner.engines.http import Client
@@ -19,23 +16,7 @@ from planner.errors import BadInput, ServerError
 from planner.schedules import Setting
 from planner.tunings import Run
 
-SERVER = Path(__file__).parents[1] / "fake_server.py"
 PROMPTS = [Prompt(text=f"prompt {i} " * 40) for i in range(8)] + [Prompt(messages=(("user", f"question {i} " * 40),)) for i in range(8)]
-
-
-@contextmanager
-def fake(*words):
-    """Address of a server that was launched with these words behind its model's name."""
-    process = subprocess.Popen([sys.executable, SERVER, *words, "--port", "0"], stderr=subprocess.PIPE, text=True)
-    try:
-        for line in process.stderr:
-            if "listening on " in line:
-                break
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # it must not wait for a full pipe
-        yield line.split("listening on ")[1].strip()
-    finally:
-        process.kill()
-        process.wait()
 
 
 def drafting(k, *steps):
@@ -60,7 +41,7 @@ def law_tpot_s(load, concurrency, k, step=0.004):
 
 
 def test_what_is_measured_is_the_law_it_was_made_by():
-    with fake("serve", "m", *drafting(3)) as url:
+    with launched("serve", "m", *drafting(3)) as url:
         load = loaded(url, 4, osl=64)
     run = as_run(load, 4)
     assert len(load.answers) == len(PROMPTS) and load.prompts == list(range(16)) and load.sent >= 16
@@ -73,14 +54,14 @@ def test_what_is_measured_is_the_law_it_was_made_by():
 
 def test_a_server_drafts_by_the_requests_that_run_while_the_load_is_kept_up_to_the_end():
     """A load of 8 is told K = 1 and loads below it K = 4: rounds of 4 drafts are those of the first moment alone."""
-    with fake("serve", "m", *drafting(4, (1, 5, 4), (6, 64, 1))) as url:
+    with launched("serve", "m", *drafting(4, (1, 5, 4), (6, 64, 1))) as url:
         load = loaded(url, 8, PROMPTS[:9], osl=96)
     assert load.counted.drafted / load.counted.drafts < 1.1
     assert load.sent >= 16, "one prompt is left for the second wave: seven that are not counted run beside it"
 
 
 def test_the_load_is_whole_where_there_are_fewer_prompts_than_it_has_requests():
-    with fake("serve", "m") as url:
+    with launched("serve", "m") as url:
         load = loaded(url, 8, PROMPTS[:2])
         assert len(load.answers) == 2 and load.sent >= 8 and load.counted.rounds > 2 * 31
         time.sleep(0.1)
@@ -89,7 +70,7 @@ def test_the_load_is_whole_where_there_are_fewer_prompts_than_it_has_requests():
 
 
 def test_as_much_is_accepted_by_what_the_server_counts_as_by_what_it_says_with_each_answer():
-    with fake("-m", "m", "--spec-type", "draft-simple", "--metrics") as url:
+    with launched("-m", "m", "--spec-type", "draft-simple", "--metrics") as url:
         both, told = loaded(url, 2, PROMPTS[:8], osl=48), loaded(url, 2, PROMPTS[:8], osl=48, metrics=False)
     assert told.counted.tokens == both.counted.tokens == 8 * 47
     assert both.counted.rounds == told.counted.rounds, "the same prompts and seeds"
@@ -98,7 +79,7 @@ def test_as_much_is_accepted_by_what_the_server_counts_as_by_what_it_says_with_e
 
 
 def test_answers_that_repeat_themselves_or_end_at_once_are_left_out_and_said():
-    with fake("serve", "m", "--fake", "degenerate=0.4", "--fake", "short=0.3") as url:
+    with launched("serve", "m", "--fake", "degenerate=0.4", "--fake", "short=0.3") as url:
         load = loaded(url, 4, osl=48)
         again = loaded(url, 4, osl=48)
     assert load.degenerate > 0 and load.short > 0 and len(load.answers) + load.degenerate + load.short == 16
@@ -108,12 +89,12 @@ def test_answers_that_repeat_themselves_or_end_at_once_are_left_out_and_said():
 
 @pytest.mark.parametrize("switch", ["degenerate=1", "short=1"])
 def test_a_load_with_nothing_to_go_by_says_what_to_change(switch):
-    with fake("serve", "m", "--fake", switch) as url, pytest.raises(BadInput, match=r"of 4 there are .*use other prompts"):
+    with launched("serve", "m", "--fake", switch) as url, pytest.raises(BadInput, match=r"of 4 there are .*use other prompts"):
         loaded(url, 2, PROMPTS[:4], osl=48)
 
 
 def test_a_server_that_dies_ends_the_load_at_once():
-    with fake("serve", "m", "--fake", "die-after=3") as url:
+    with launched("serve", "m", "--fake", "die-after=3") as url:
         began = time.perf_counter()
         with pytest.raises(ServerError, match="http://127"):
             loaded(url, 4, osl=200)
@@ -125,7 +106,7 @@ def test_a_load_that_is_stopped_leaves_no_thread_behind():
     def stop():
         raise KeyboardInterrupt  # where Ctrl-C meets the thread that waits
 
-    with fake("serve", "m") as url:
+    with launched("serve", "m") as url:
         with pytest.raises(KeyboardInterrupt):
             loaded(url, 4, osl=64, advance=stop)
         assert_no_worker_is_left()
@@ -140,7 +121,7 @@ def assert_no_worker_is_left():
 
 
 def test_after_the_deadline_only_what_has_begun_is_finished():
-    with fake("serve", "m") as url:
+    with launched("serve", "m") as url:
         load = loaded(url, 2, deadline=time.monotonic() - 1)
     assert load.prompts == [0, 1]
 
@@ -157,3 +138,21 @@ def test_sglang_says_tokens_per_round_and_no_drafts():
         load = loaded(url, 2, PROMPTS[:4], osl=16, advance=serve)
     counted = load.counted
     assert counted.tokens / counted.rounds == pytest.approx(engine.accept_length) and counted.drafts == 0
+
+
+def test_an_answer_that_came_as_one_round_is_short_and_one_that_was_held_back_is_an_error():
+    def said(tokens):
+        events = [{"choices": [{"text": "a b c d e"}]}, {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": tokens}}]
+        body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n"
+        return [b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + body]
+
+    for tokens, error, says in ((6, BadInput, "there are 1 too short"), (60, ServerError, "came in one piece")):
+        with misbehave(said(tokens)) as (url, _), pytest.raises(error, match=says):
+            loaded(url, 1, PROMPTS[:1], osl=64, metrics=False)
+
+
+def test_the_same_seeds_give_the_same_answers_at_a_fixed_length():
+    """What the end-to-end tests build on."""
+    with launched("serve", "m", *drafting(3)) as url:
+        first, again = (loaded(url, 1, PROMPTS[:4], osl=48, metrics=False) for _ in range(2))
+    assert [answer.chunks for answer in first.answers] == [answer.chunks for answer in again.answers]

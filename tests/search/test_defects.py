@@ -1,9 +1,15 @@
 """Defects are found in data that has them, and none is in data that has none, whatever the noise."""
 
+import json
+
 import numpy as np
 import pytest
+from fake_server import launched
 
 from planner.canaries import Answer
+from planner.engines.completions import Asked, Prompt
+from planner.engines.http import Client
+from planner.engines.load import run_load
 from planner.exports import Step
 from planner.schedules import Setting
 from planner.search.defects import collapsed, find_defects
@@ -162,3 +168,26 @@ def test_a_starved_load_names_the_memory_that_starves_it():
 def test_each_warning_of_the_engine_is_said_once():
     launches = [Launch(warnings=["adaptive is disabled"]), Launch(warnings=["adaptive is disabled", "no effect"])]
     assert [defect.what for defect in find_defects([], launches)] == ["the engine says: adaptive is disabled", "the engine says: no effect"]
+
+
+@pytest.mark.parametrize(
+    ("switch", "found"),
+    [("gain=0.8", []), ("ignore-schedule", ["draft_len ignored"]), ("never=0", ["never accepted"]), ("collapse=5", ["collapse"])],
+)
+def test_a_server_with_a_defect_is_found_out(switch, found):
+    steps, runs = [(1, 2, 3), (3, 64, 0)], []
+    config = {"method": "eagle3", "model": "d", "num_speculative_tokens": 3, "num_speculative_tokens_per_batch_size": steps}
+    launches = [Launch(), Launch(drafter="eagle3", steps=[Step(batch_from=a, batch_to=b, draft_len=k) for a, b, k in steps])]
+    prompts = [Prompt(text=f"prompt {i} " * 40) for i in range(8)]
+    for launch, words in enumerate(([], ["--speculative-config", json.dumps(config)])):
+        with launched("serve", "m", *words, "--fake", switch, "--fake", "step=0.003") as url:
+            for load, setting in ((1, Setting(drafter="eagle3", draft_len=3)), (8, Setting(drafter="eagle3"))):
+                own = run_load(Client(url), Asked("m", 48, 1.0), prompts, concurrency=load, metrics=True, total_s=20.0)
+                runs.append(
+                    Run(
+                        launch=launch, setting=setting if launch else OFF, concurrency=load, answers=own.answers, wall_s=own.wall_s, sent=own.sent,
+                        counted=own.counted,
+                    )
+                )  # fmt: skip
+    # a machine that others use may slow one launch and not the next, which looks like an idle drafter
+    assert [name for name in names(find_defects(runs, launches, engine="vllm")) if name != "idle drafter"] == found
