@@ -33,7 +33,7 @@ class Choice(Spec, kw_only=True):
     setting: Setting
     tpot_s: Real
     gain: Interval  # in the plan's objective over what runs, relatively
-    restart: bool  # another drafter, or none, is loaded when the server starts
+    restart: bool  # what drafts, or on llama.cpp how far, is settled when the server starts
     extrapolated: bool = False  # drafts longer than those seen are accepted as the plan thought
 
 
