@@ -44,7 +44,7 @@ class Drift(Spec, kw_only=True):
     plan_sha256: Name
     model: Name
     engine: Name
-    seconds: Real | None  # watched; None where nobody took the time
+    seconds: Real | None  # watched, of the later half where acceptance changed under way; None where nobody took the time
     num_scrapes: Natural
     num_restarts: Natural
     num_failed: Natural
