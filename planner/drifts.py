@@ -33,7 +33,7 @@ class Choice(Spec, kw_only=True):
     setting: Setting
     tpot_s: Real
     gain: Interval  # in the plan's objective over what runs, relatively
-    restart: bool  # another drafter, or none, is loaded when the server starts
+    restart: bool  # what drafts, or on llama.cpp how far, is settled when the server starts
     extrapolated: bool = False  # drafts longer than those seen are accepted as the plan thought
 
 
@@ -44,7 +44,7 @@ class Drift(Spec, kw_only=True):
     plan_sha256: Name
     model: Name
     engine: Name
-    seconds: Real | None  # watched; None where nobody took the time
+    seconds: Real | None  # watched, of the later half where acceptance changed under way; None where nobody took the time
     num_scrapes: Natural
     num_restarts: Natural
     num_failed: Natural

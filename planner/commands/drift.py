@@ -15,6 +15,7 @@ from planner.engines.http import Bounds, Client, Key
 from planner.engines.metrics import Watched, compare_files, watch
 from planner.errors import BadInput, ServerError
 from planner.files import read_bytes
+from planner.importers.prometheus import ENGINES
 from planner.measurements import fingerprint, kind_of
 from planner.plans import Estimate, Interval, Plan, load_plan
 from planner.schedules import LoadCurve, Schedule, ScheduleRow, Setting, describe_setting, load_schedule
@@ -27,6 +28,7 @@ MAX_WINDOW_S = 7 * 24 * 3600
 MAX_SCRAPES = 10_000
 SCRAPE = Bounds(connect_s=5.0, read_s=10.0, total_s=20.0)
 NEARBY = 1.25  # a load further off the planned ones than this factor has no prediction
+LLAMA_CPP = ENGINES["llamacpp:"]  # takes its draft length at start only
 WORTH_CHANGING = 0.02  # relative gain below which another setting is not advised
 
 
@@ -95,6 +97,10 @@ def judge(plan: Plan | Schedule, sha256: str, seen: Watched, *, drafter: str | N
     prompt_len = round(prompts / requests) if requests and prompts else None
     planned = describe_plan(plan, drafter, context_len or prompt_len)
     found = look(seen.stretches, planned.curves, lambda load: planned.setting(load).draft_len)
+    if changed := found.changed:  # what holds now is asked, not the mean of what was and is
+        late = seen.stretches[-(len(seen.stretches) // 2) :]
+        seen = seen._replace(stretches=late, seconds=sum(own.seconds or 0.0 for own in late))
+        found = look(late, planned.curves, lambda load: planned.setting(load).draft_len)._replace(changed=changed)
     outside = not planned.first / NEARBY <= found.concurrency <= planned.last * NEARBY
     if outside:  # the nearest prediction stands there for the reader, and decides nothing
         found = found._replace(**{name: msgspec.structs.replace(getattr(found, name), moved=False) for name in ("round_s", "tpot_s")})
@@ -109,7 +115,7 @@ def judge(plan: Plan | Schedule, sha256: str, seen: Watched, *, drafter: str | N
         )
     now, before = speedup(found, planned.objective) if loaded else (Interval(value=1.0, low=1.0, high=1.0), 1.0)
     pays = "not known" if outside else "yes" if now.low >= 1 else "no" if now.high < 1 else "not known"
-    options = choices(found, planned.curves, running, planned.objective)
+    options = choices(found, planned.curves, running, planned.objective, fixed=seen.engine == LLAMA_CPP)
     rounds = found.round_s.measured
     even = Interval(**{bound: getattr(rounds, bound) / found.off.tpot_s for bound in ("value", "low", "high")})
     load_moved, load = _load_moved(planned, found, running, target, outside)
@@ -261,6 +267,13 @@ def _causes(seen: Seen, load: str, drafts: int, outside: bool) -> list[str]:
     found.append(
         "latency is not judged: nothing is predicted for such a load" if outside else said("latency", "a round takes", seen.round_s, " ms", 1e3)
     )
+    if seen.changed:
+        before, after = seen.changed
+        found.append(
+            f"acceptance changed while it was watched: tokens per round were {before - 1:+.0%} off the plan in the first half of the window, "
+            f"{after - 1:+.0%} in the second; "
+            "all else here is of the second"
+        )
     return [*found, load]
 
 
@@ -315,7 +328,8 @@ def _notes(seen: Watched, found: Seen, planned: Planned) -> list[str]:
         notes.append(f"{seen.num_failed} scrapes were not answered, and left out")
     if found.approximate:
         notes.append(
-            "too few stretches for an interval of the measured times: they are taken as exact; watch for longer, with --metrics and --window"
+            "one stretch says nothing of the spread of the measured times: they are taken as exact, intervals hold the plan's spread alone; "
+            "watch for longer, with --metrics and --window"
         )
     if all(own.concurrency is None for own in seen.stretches):
         notes.append("the metrics say no running requests; the load follows from time spent decoding")

@@ -22,9 +22,10 @@ from planner.errors import BadInput
 from planner.plans import CONFIDENCE, Interval
 from planner.schedules import LoadCurve, Setting
 from planner.search.loads import HALF_WIDTH, log_interval
+from planner.serving import OFF
 
 TOLERANCE = 0.05  # relative, by which a quantity must be shown to differ to have moved
-FEW = 4  # stretches below which they say nothing about their own spread
+FEW = 4  # stretches below which rounds say more of the spread of tokens per round than they do
 ROUNDS_ALIKE = 32  # rounds that count as one where finished requests are not counted: those of one text are alike
 
 
@@ -105,7 +106,8 @@ class Seen(NamedTuple):
     concurrency: float
     concurrency_low: float
     concurrency_high: float
-    approximate: bool  # too few stretches for an interval of the measured times
+    approximate: bool  # a single stretch, which says nothing about the spread of the measured times
+    changed: tuple[float, float] | None  # tokens per round over the predicted in both halves of the window, where these are shown to differ
 
 
 def look(stretches: Sequence[Stretch], curves: Curves, planned_len: Callable[[float], int]) -> Seen:
@@ -129,8 +131,8 @@ def look(stretches: Sequence[Stretch], curves: Curves, planned_len: Callable[[fl
     weights = drafts if counted else rounds
     values = np.average(emitted, weights=weights)
     sd_tokens = _sd(weights * emitted, weights)
-    if sd_tokens is None:
-        sd_tokens = _sd_of_rounds(stretches) if counted else 0.0
+    if counted and len(stretches) < FEW:
+        sd_tokens = _sd_of_rounds(stretches)
     sd_round, sd_tpot = _sd(decode_s, rounds), _sd(decode_s, tokens)
     predicted_tokens = _average(points, weights)
     draft_len, load = float(np.average(per_draft, weights=weights)), float(np.average(loads, weights=tokens))
@@ -138,7 +140,7 @@ def look(stretches: Sequence[Stretch], curves: Curves, planned_len: Callable[[fl
         draft_len=draft_len,
         survived=_survived(stretches) if counted else _fitted(curves, round(draft_len), load, float(values)),
         counted=counted,
-        tokens_per_round=_shift(values, sd_tokens, predicted_tokens.tokens_per_round, predicted_tokens.sd_tokens if any(per_draft) else 0.0),
+        tokens_per_round=_shift(values, sd_tokens or 0.0, predicted_tokens.tokens_per_round, predicted_tokens.sd_tokens if any(per_draft) else 0.0),
         round_s=_shift(decode_s.sum() / rounds.sum(), sd_round or 0.0, by_rounds.round_s, by_rounds.sd_round),
         tpot_s=_shift(decode_s.sum() / tokens.sum(), sd_tpot or 0.0, by_tokens.tpot_s, by_tokens.sd_tpot),
         off=off,
@@ -147,6 +149,7 @@ def look(stretches: Sequence[Stretch], curves: Curves, planned_len: Callable[[fl
         concurrency_low=min(loads),
         concurrency_high=max(loads),
         approximate=sd_tpot is None,
+        changed=_changed(weights, emitted / [point.tokens_per_round for point in points]) if counted else None,
     )
 
 
@@ -160,25 +163,34 @@ def speedup(seen: Seen, objective: str) -> tuple[Interval, float]:
     return Interval(value=now.value, low=now.low * min(1.0, factor), high=now.high * max(1.0, factor)), share * seen.off.tpot_s / seen.setting.tpot_s
 
 
-def choices(seen: Seen, curves: Curves, running: Setting, objective: str) -> list[Choice]:
-    """Every setting with rounds as predicted times the latency factor, and acceptance as measured, the best first."""
+def choices(seen: Seen, curves: Curves, running: Setting, objective: str, *, fixed: bool = False) -> list[Choice]:
+    """Every setting with acceptance as measured and rounds as predicted, the best first; what runs as it was measured.
+
+    Rounds that moved did so for all, off included; others differ from their prediction by its own error, which the rest does not share.
+    fixed  the engine takes another draft_len at its start only
+    """
     factor = seen.round_s.ratio.value if seen.round_s.moved else 1.0
-    own = curves.between(seen.draft_len, seen.concurrency)
-    emitted, found = seen.tokens_per_round.measured.value, []
+    own, measured, found = curves.between(seen.draft_len, seen.concurrency), seen.tpot_s.measured, []
+    sd = math.log(measured.high / measured.low) / 2 / HALF_WIDTH
     for setting in curves.settings:
+        if fixed and setting.idle and setting != running:
+            continue  # who restarts need not load what is idle
         point = curves.at(setting, seen.concurrency)
         tokens, extrapolated = _tokens_now(seen, curves, setting.draft_len)
-        tpot_s = point.round_s * factor / tokens
+        tpot_s = measured.value if setting == running else point.round_s * factor / tokens
         share = 1.0 if objective == "tpot" else point.running / own.running
-        gain = share * (own.round_s * factor / emitted) / tpot_s
         same = setting == running
-        interval = log_interval(math.log(gain), math.hypot(point.sd_round, own.sd_round))
+        gain = share * measured.value / tpot_s
+        interval = log_interval(math.log(gain), math.hypot(point.sd_round, own.sd_round if seen.round_s.moved else sd))
+        if setting.drafter == OFF:  # as fast as planned or slower as well: the interval of the speedup, seen from off
+            now, _ = speedup(seen, objective)
+            interval = Interval(value=gain, low=min(gain, 1 / now.high), high=max(gain, 1 / now.low))
         found.append(
             Choice(
                 setting=setting,
                 tpot_s=tpot_s,
                 gain=Interval(value=0.0, low=0.0, high=0.0) if same else Interval(value=gain - 1, low=interval.low - 1, high=interval.high - 1),
-                restart=setting.drafter != running.drafter,
+                restart=not same and (fixed or setting.drafter != running.drafter),
                 extrapolated=extrapolated,
             )
         )
@@ -256,12 +268,26 @@ def _shift(value: float, sd: float, predicted: float, sd_predicted: float) -> Sh
 
 
 def _sd(above: np.ndarray, below: np.ndarray) -> float | None:
-    """Of the logarithm of sum(above) / sum(below), from how stretches differ (Cochran 1977, eq. 6.13), as wide as Student's; None of few."""
+    """Of the logarithm of sum(above) / sum(below), from how stretches differ (Cochran 1977, eq. 6.13), as wide as Student's; None of one."""
     n, ratio = len(above), above.sum() / below.sum()
-    if n < FEW:
+    if n < 2:
         return None
     rest = above - ratio * below
     return float(np.sqrt(n / (n - 1) * (rest**2).sum()) / above.sum() * stdtrit(n - 1, (1 + CONFIDENCE) / 2) / HALF_WIDTH)
+
+
+def _changed(rounds: np.ndarray, ratio: np.ndarray) -> tuple[float, float] | None:
+    """Mean of the ratios before and after the middle, where their 90 % intervals leave more than the tolerance between them."""
+    middle = len(rounds) // 2
+    halves = []
+    for own in (slice(None, middle), slice(len(rounds) - middle, None)):
+        if middle < 2 or not rounds[own].sum() > 0:
+            return None
+        value = float(np.average(ratio[own], weights=rounds[own]))
+        halves.append(log_interval(math.log(value), _sd(rounds[own] * ratio[own], rounds[own])))
+    before, after = halves
+    apart = max(before.low / after.high, after.low / before.high)
+    return (before.value, after.value) if apart > 1 + TOLERANCE else None
 
 
 def _sd_of_rounds(stretches: Sequence[Stretch]) -> float:

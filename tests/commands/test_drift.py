@@ -154,6 +154,59 @@ def test_a_restart_is_left_out_and_said(files):
     assert found.tpot_s.measured.value == pytest.approx(alone.tpot_s.measured.value, rel=0.02)
 
 
+def test_acceptance_that_falls_half_way_is_said(files):
+    """The verdict is of what holds now. A steady server has one half, whatever chance does."""
+    server = FakeEngine(draft_len=5, concurrency=4)
+    found = drift(files, server, change=lambda now: setattr(server, "gain", 0.1 if now >= 300 else GAIN))
+    said = [cause for cause in found.causes if "changed while it was watched" in cause]
+    assert (
+        len(said) == 1
+        and "+0% off the plan in the first half of the window, -70% in the second" in said[0]
+        and found.tokens_per_round.measured.value == pytest.approx(1.11, rel=0.01)
+    )
+    assert moved(found) == {"acceptance"} and found.pays == "no" and found.seconds == 300 and found.num_scrapes == 41
+    for gain in (0.1, 0.4, GAIN):
+        assert not any("changed" in cause for cause in drift(files, FakeEngine(draft_len=5, concurrency=4, gain=gain)).causes)
+
+
+def test_drafts_that_follow_the_load_are_no_change_of_acceptance(files):
+    server = FakeEngine(draft_len=5, concurrency=4)
+
+    def change(now):
+        if now >= 300:
+            server.concurrency, server.draft_len = 60, planned_len(files, 60)
+
+    found = drift(files, server, change=change)
+    assert planned_len(files, 60) < 5 and not any("changed" in cause for cause in found.causes) and moved(found) <= {"load"}
+
+
+def test_two_stretches_that_differ_are_not_taken_as_exact(files):
+    server = FakeEngine(draft_len=5, concurrency=4, gain=0.05)
+    found = drift(files, server, interval_s=300, change=lambda now: setattr(server, "slower", 1.5))
+    assert len(set(map(str, found.notes))) == len(found.notes) and not any("exact" in note for note in found.notes)
+    assert found.round_s.measured.low < 0.7 * found.round_s.measured.value and found.pays == "not known"
+
+
+def test_what_off_would_gain_is_the_verdict_seen_from_off(files):
+    """Rounds that became slower: off as well or not at all, both are in the interval of the advice as they are in the verdict's."""
+    for name in ("schedule", "unsure"):
+        for slower in (1.0, 1.5):
+            found = drift(files, FakeEngine(draft_len=5, concurrency=4, gain=0.05, slower=slower), name=name)
+            off = next(choice for choice in found.choices if choice.setting == Setting())
+            assert 1 + off.gain.low == pytest.approx(1 / found.speedup.high) and 1 + off.gain.high == pytest.approx(1 / found.speedup.low)
+            factor = found.round_s.ratio.value if found.round_s.moved else 1.0
+            assert 1 + off.gain.value == pytest.approx(1 / found.speedup.value / factor, rel=0.01)
+            ran = next(choice for choice in found.choices if choice.setting == found.running)
+            assert ran.tpot_s == found.tpot_s.measured.value and ran.gain.low == ran.gain.high == 0
+
+
+@pytest.mark.parametrize(("engine", "how"), [("vllm", "set eagle3 K=2"), ("llamacpp", "restart with eagle3 K=2")])
+def test_a_draft_length_is_set_where_the_engine_lets_it(files, engine, how):
+    found = drift(files, FakeEngine(draft_len=5, concurrency=4, gain=0.4, engine=engine))
+    assert found.advice[0].startswith(how) and any(choice.setting.idle for choice in found.choices) == (engine == "vllm")
+    assert {choice.restart for choice in found.choices if choice.setting.draft_len == 2} == {engine == "llamacpp"}
+
+
 def test_without_gauges_the_load_follows_from_time(files):
     server = FakeEngine(draft_len=5, concurrency=4)
     server.gauges = False
