@@ -139,15 +139,17 @@ def _cells_at(profile: ServingProfile, tensor_parallel: int | None) -> list[Serv
     return [cell for cell in profile.cells if tensor_parallel in (None, cell.tensor_parallel)]
 
 
-def engine_loads(profile: ServingProfile, tensor_parallel: int | None, output_len: int | None, asked: list[Setting] = ()) -> "Loads":
-    """Loads of an engine, with the settings `asked` beside the candidates."""
+def engine_loads(
+    profile: ServingProfile, tensor_parallel: int | None, output_len: int | None, asked: list[Setting] = (), *, idle: bool = True
+) -> "Loads":
+    """Loads of an engine, with the settings `asked` beside the candidates. idle  its drafters may be loaded and draft nothing"""
     from planner.cost.serving import fit_serving
     from planner.search.engine_loads import EngineLoads
 
     measured = {cell.output_len for cell in _cells_at(profile, tensor_parallel)}
     if output_len is not None and not 2 <= output_len <= MAX_NUMBER:
         raise BadInput(f"an output has at least 2 tokens, got {output_len}; set --osl")
-    loads = EngineLoads(fit_serving(profile, tensor_parallel), output_len or max(measured), asked)
+    loads = EngineLoads(fit_serving(profile, tensor_parallel), output_len or max(measured), asked, idle=idle)
     if output_len is None and len(measured) > 1:
         loads.notes.append(f"outputs are taken as {max(measured)} tokens long, the longest of those measured; --osl sets another length")
     return loads

@@ -93,7 +93,7 @@ def tune(
             yours=subject.yours, predicted_gain=choice.gain, paste=subject.paste(choice.steps, folder),
             checked=checked_loads(roles, loads, profile.cells[0].context_len, objective) if "chosen" in roles else [],
             max_draft_len=asked.max_draft_len, defects=find_defects(bench.runs, bench.launches, engine=subject.rules.name), cut=bench.cut,
-            notes=[*choice.schedule.notes, *profile.warnings, *prompts.notes, *_differences(bench)],
+            notes=[*loads.notes, *profile.warnings, *prompts.notes, *_differences(bench)],
         )  # fmt: skip
         write_whole(folder / TUNING, encode(tuning))
     return tuning
@@ -249,7 +249,8 @@ def _choose(
 ) -> tuple[Choice, "Loads"]:  # noqa: F821  planner.search.loads
     context_len, yours = profile.cells[0].context_len, subject.yours
     comparable = yours is not None and yours.drafter in (OFF, subject.method)
-    loads = engine_loads(profile, None, None, [yours] if comparable and yours.drafter != OFF else [])
+    scheduled = subject.method in subject.rules.scheduled
+    loads = engine_loads(profile, None, None, [yours] if comparable and yours.drafter != OFF else [], idle=scheduled)
     weights = None if histogram is None else read_weights(histogram, asked.concurrency, [context_len])
     devices = subject.tensor_parallel
     question = Question(

@@ -105,7 +105,7 @@ class Launched:
             compared = self._compare(said, drafting)
             yield Client(url, self._key, REQUEST), Launch(
                 drafter=drafting.method, steps=list(drafting.steps), command=recorded(words), version=said.version, ready_s=server.ready_s,
-                pool=compared and compared.pool, difference=compared.difference if compared else "", warnings=said.warnings[:20],
+                pool=compared and compared.pool, difference=compared.difference if compared else "", warnings=said.warnings[:20] if drafting.steps else [],  # off is what those ask for
             )  # fmt: skip
 
     def paste(self, steps: tuple[Step, ...], folder: Path) -> str:

@@ -100,7 +100,8 @@ def _gain(tuning: Tuning) -> str:
     role = "yours" if any(one.role == "yours" for one in tuning.checked) else "off"
     measured = [f"{format_percent(one.gain)} % at {one.concurrency}" for one in tuning.checked if one.role == role and one.gain is not None]
     own = "your setting" if role == "yours" else "off"
-    return predicted + (f"; measured over {own}: {', '.join(measured)}" if measured else "")
+    unsure = tuning.predicted_gain is not None and tuning.predicted_gain.low < 0 < tuning.predicted_gain.high
+    return predicted + "; it may not pay" * unsure + (f"; measured over {own}: {', '.join(measured)}" if measured else "")
 
 
 def _name(setting: Setting) -> str:

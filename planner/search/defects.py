@@ -192,17 +192,16 @@ def _starved(runs: Sequence[Run], launches: Sequence[Launch], engine: str) -> li
         sd = math.sqrt(float((rest**2).sum()) * len(rest) / max(1, len(rest) - 1)) / whole_s.sum()
         if len(rest) < 2 or share - _z() * sd < STARVED or busy > run.concurrency * (1 - STARVED):
             continue
-        said.append(
-            f"{_name(run.setting)}: of {run.concurrency} requests in the system {busy:.1f} decode at once, a first token takes {1e3 * np.median(ttft_s):.3g} ms"
-        )
+        first = f"of {run.concurrency} requests in the system {busy:.1f} decode at once, a first token takes {np.median(ttft_s):.2g} s"
+        said.append((-share, f"{_name(run.setting)}: {first}"))
         pool, tokens = launches[run.launch].pool, np.mean([answer.prompt_tokens + answer.output_tokens for answer in run.answers])
         if pool is not None and pool.tokens is not None and pool.tokens / tokens < run.concurrency:
             pools.append(f"; its KV cache of {pool.tokens} tokens holds {pool.tokens / tokens:.0f} requests of {tokens:.0f}")
     cap = {"vllm": "--max-num-seqs", "sglang": "--max-running-requests", "llama.cpp": "-np"}.get(engine, "the engine's cap on running requests")
     known = "SGLang runs 48 requests at most once a drafter is loaded, unless told otherwise" if engine == "sglang" else ""
-    defects = _one(
-        "starved", said, known, f"raise {cap}, or the memory for keys and values; where prompts are long, waiting for prefill looks the same"
-    )
+    worst = [text for _, text in sorted(said)]
+    remedy = f"raise {cap}, or the memory for keys and values; where prompts are long, waiting for prefill looks the same"
+    defects = _one("starved", worst, known, remedy, most=1)
     return [msgspec.structs.replace(defects[0], what=defects[0].what + pools[-1])] if pools else defects
 
 
@@ -235,7 +234,7 @@ def _name(setting: Setting) -> str:
     return "off" if setting.drafter == OFF else f"{setting.drafter} at {setting.draft_len}"
 
 
-def _one(name, said: list[str], known_as: str, remedy: str) -> list[Defect]:
+def _one(name, said: list[str], known_as: str, remedy: str, most: int = 3) -> list[Defect]:
     """One defect for all loads that show it."""
-    more = f"; and at {len(said) - 3} more loads" if len(said) > 3 else ""
-    return [Defect(name=name, what="; ".join(said[:3]) + more, known_as=known_as, remedy=remedy)] if said else []
+    more = f"; and at {len(said) - most} more loads" if len(said) > most else ""
+    return [Defect(name=name, what="; ".join(said[:most]) + more, known_as=known_as, remedy=remedy)] if said else []

@@ -17,11 +17,14 @@ ROOM_LEFT = 0.9  # share of the requests that may be lost to a drafter before it
 class EngineLoads:
     """Over a model of an engine's measured cells: off, each drafter idle, and each at 1 to its longest measured draft_len."""
 
-    def __init__(self, model: ServingModel, output_len: int, asked: Sequence[Setting] = ()):
-        """asked  settings beside the candidates, such as a draft_len beyond those measured"""
+    def __init__(self, model: ServingModel, output_len: int, asked: Sequence[Setting] = (), *, idle: bool = True):
+        """asked  settings beside the candidates, such as a draft_len beyond those measured
+        idle   a drafter that is loaded may draft nothing
+        """
         self._model, self.output_len = model, output_len
         loaded = [name for name in model.drafters if name != OFF]
-        self.settings = [Setting(), *(Setting(drafter=name, draft_len=k) for name in loaded for k in range(model.max_draft_len[name] + 1))]
+        lengths = {name: range(0 if idle else 1, model.max_draft_len[name] + 1) for name in loaded}
+        self.settings = [Setting(), *(Setting(drafter=name, draft_len=k) for name in loaded for k in lengths[name])]
         if unknown := [setting.drafter for setting in asked if setting.drafter not in model.drafters]:
             raise BadInput(f"the profile knows drafters {', '.join(model.drafters)}, got {unknown[0]!r}; measure it, or choose one of them")
         if never := [setting.drafter for setting in asked if setting.draft_len > 0 and not model.max_draft_len[setting.drafter]]:
@@ -33,7 +36,7 @@ class EngineLoads:
         self.notes = []
         if not model.off_measured:
             self.notes.append("off was not measured: it is taken from the cells that draft, and so is every speedup; measure it without a drafter")
-        if unknown := [name for name in loaded if name not in model.idle_measured]:
+        if idle and (unknown := [name for name in loaded if name not in model.idle_measured]):
             self.notes.append(
                 f"what {', '.join(unknown)} costs idle was not measured: {IDLE_TAX:.0%} of a round are assumed; measure it with draft_len 0"
             )
