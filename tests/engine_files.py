@@ -56,7 +56,7 @@ SGLANG_WRONG = [
     Wrong("speculative-algorithm", "STANDALONE", "has no effect"),  # nor has a schedule
     Wrong("speculative-algorithm", "DSPARK", "has no effect"),
     Wrong("speculative-algorithm", None, "has no effect"),
-    Wrong("speculative-num-steps", 3, "must be in candidate_steps"),
+    Wrong("speculative-num-steps", 3, "not in the adaptive config"),
     Wrong("speculative-draft-window-size", 0, "must be positive"),
     Wrong("speculative-draft-sink-size", 4, None),  # EAGLE3 drafters keep none
     Wrong("speculative-draft-model-path", None, None),  # until it loads

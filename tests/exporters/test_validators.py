@@ -59,17 +59,41 @@ def python_of(engine: str) -> Path:
     return python
 
 
+_STARTED: dict[str, subprocess.Popen] = {}
+
+
 def ask(engine: str, requests: list[tuple[Path, list[str]]]) -> list[dict]:
-    """What an engine's own code says to words in a folder, from a process of its environment."""
-    content = json.dumps([{"cwd": str(folder), "argv": words} for folder, words in requests])
-    program = ROOT / "tests" / "validators" / f"{engine}_parser.py"
-    done = subprocess.run(
-        [python_of(engine), program], input=content, capture_output=True, text=True, timeout=900, env=os.environ | OFFLINE, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    print(f"\n{engine} {found['version']} answered {len(requests)}")
-    return found["answers"]
+    """What an engine's own code says to words in a folder, from one process of its environment: importing it takes long."""
+    if engine not in _STARTED:
+        program = ROOT / "tests" / "validators" / f"{engine}_parser.py"
+        began = time.monotonic()
+        _STARTED[engine] = process = subprocess.Popen(
+            [python_of(engine), program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | OFFLINE,
+        )
+        print(f"\n{engine} {process.stdout.readline().strip()}, imported in {time.monotonic() - began:.0f} s")
+    process = _STARTED[engine]
+    found = []
+    for folder, words in requests:
+        process.stdin.write(json.dumps({"cwd": str(folder), "argv": words}) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        assert line, f"{engine} ended at {words}"
+        found.append(json.loads(line))
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended():
+    yield
+    for process in _STARTED.values():
+        process.stdin.close()
+        process.wait(30)
+    _STARTED.clear()
 
 
 def taken(answer: dict) -> dict:
@@ -188,19 +212,16 @@ def test_an_engine_says_to_a_wrong_file_what_we_say_it_does(engine, models, tmp_
             taken(answer)
         else:
             assert any(wrong.said in line for line in heard), (wrong, answer)
-    assert sum("error" in answer for answer in answers) >= 9
+    assert sum("error" in answer for answer in answers) >= 8
 
 
-DRAFTERS = {"draft_model": "draft", "eagle3": "head", "dflash": "block", "pard": "draft", "ngram": None}
-
-
-def test_vllm_takes_each_kind_of_drafter_with_a_schedule_and_without(exports, models, tmp_path):
-    """Those whose checkpoints can be made up. dspark needs its other model runner, suffix another package, mtp a model with such layers."""
-    methods = {name: DRAFTERS[name] for name in DRAFTERS}
+def test_vllm_takes_each_kind_of_drafter(models, tmp_path):
+    """Those whose checkpoints can be made up. dspark needs a model runner that wants a GPU, suffix another package, mtp a model with such layers."""
+    methods = {"draft_model": "draft", "eagle3": "head", "dflash": "block", "pard": "draft", "ngram": None}
     answers, spelled = _each_drafter("vllm", methods, models, tmp_path)
     for method, answer, export in zip(methods, answers, spelled, strict=True):
         drafting = taken(answer)["speculative"]
-        assert (drafting["method"], drafting["parallel_drafting"]) == (vllm.METHODS.get(method, method), method == "pard")
+        assert (drafting["method"], drafting["parallel_drafting"]) == (vllm.METHODS.get(method, method), method in ("pard", "dflash"))
         assert drafting["num_speculative_tokens"] == max(step.draft_len for step in export.steps)
 
 
@@ -265,6 +286,8 @@ def server(tmp_path_factory):
     top = tmp_path_factory.mktemp("served")
     shape = {"head_dim": 64, "hidden_size": 64, "intermediate_size": 96, "max_context_len": 2048}  # the CPU's attention takes no head_dim of 8
     target, draft = (write_model(top / name, seed=seed, **shape) for name, seed in (("target", 0), ("draft", 1)))
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))  # Llama's default would end an answer here and there
     save_serving_profile(served_profile(name="draft_model"), top / "profile.json")
     planner.save_schedule(planner.schedule(top / "profile.json", objective="throughput"), top / "schedule.json")
     raw = json.loads((top / "schedule.json").read_text())
@@ -295,7 +318,7 @@ def server(tmp_path_factory):
         print(f"\nvllm answers after {time.monotonic() - started:.0f} s; {describe_steps(export.steps)}")
         yield url, export, str(target)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:

@@ -1,9 +1,9 @@
 """Runs in the environment of SGLang: words of `sglang` through its own dispatch, parser and resolution, without a server or a GPU.
 
-    python sglang_parser.py < REQUESTS.json > ANSWERS.json
+Reads a line of JSON for each question and answers with one.
 
-REQUESTS  a list of {"argv": words after `sglang`, or `python3 -m` and a benchmark, "cwd": folder}
-ANSWERS   for each {"config": ...} or {"error": ...}, and what was logged
+question  {"argv": words after `sglang`, or `python3 -m` and a benchmark, "cwd": folder}
+answer    {"config": ...} or {"error": ...}, and what was logged
 `--device cuda` makes it apply the rules of a CUDA device. Abbreviations are refused, so that each word is a whole name: SGLang takes them.
 """
 
@@ -84,6 +84,7 @@ def serve(words: list[str]) -> dict:
 
 def bench(module: str, words: list[str]) -> dict:
     """What its benchmark would run with; `module` is called as by python -m."""
+    sys.modules.setdefault("datasets", Anything("datasets"))  # which it downloads with
     from sglang.benchmark import serving
 
     caught = []
@@ -113,7 +114,6 @@ def answer(request: dict) -> dict:
 
 
 def main() -> None:
-    requests = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints, prints to stderr
     argparse.ArgumentParser._get_option_tuples = lambda self, word: []
@@ -121,8 +121,9 @@ def main() -> None:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer  # noqa: F401
 
     stub_torchvision()
-    json.dump({"version": sglang.__version__, "answers": [answer(request) for request in requests]}, out, default=str)
-    out.close()
+    print(json.dumps(sglang.__version__), file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line)), default=str), file=out, flush=True)
 
 
 if __name__ == "__main__":

