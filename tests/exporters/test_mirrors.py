@@ -4,95 +4,36 @@ import json
 
 import pytest
 import yaml
+from engine_files import SGLANG, SGLANG_WRONG, SLOTS, VLLM, VLLM_WRONG, changed
 
 from planner.engine_rules import find_drafting
 from planner.errors import BadInput
 from planner.exporters import llamacpp, sglang, transformers, trtllm, vllm
 
-VLLM = {"model": "m", "max-model-len": 100, "max-num-seqs": 64, "speculative-config": {
-    "method": "eagle3", "model": "d", "num_speculative_tokens": 5, "num_speculative_tokens_per_batch_size": [[1, 8, 5], [9, 64, 0]]}}  # fmt: skip
 
-
-def changed(config: dict, path: str, value: object) -> str:
-    """YAML with one value changed; the path's parts are joined by slashes."""
-    config = json.loads(json.dumps(config))
-    *above, last = path.split("/")
-    place = config
-    for name in above:
-        place = place[name]
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    return yaml.safe_dump(config)
-
-
-ROWS = "speculative-config/num_speculative_tokens_per_batch_size"
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (ROWS, [[2, 64, 5]]),  # must start at 1
-        (ROWS, [[1, 8, 5], [8, 64, 0]]),  # overlap
-        (ROWS, [[1, 8, 5], [10, 64, 0]]),  # a gap carries on
-        (ROWS, [[1, 8, 5]]),  # so does the tail
-        (ROWS, [[1, 8, 5], [9, 64, 6]]),  # clamped
-        (ROWS, [[1, 8, 5], [9, 64, -1]]),
-        (ROWS, [[8, 1, 5], [9, 64, 0]]),
-        (ROWS, []),
-        ("speculative-config/num_speculative_tokens", 0),
-        ("speculative-config/method", "medusa"),
-        ("speculative-config/model", None),
-        ("speculative-config/disable_by_batch_size", 8),
-        ("speculative-config/speculative_token_tree", "[]"),
-        ("speculative-config/draft_attention_window", 128),  # not in a release
-        ("speculative-config/kv_cache_dtype", "q8_0"),
-        ("gpu-memory-utilization", 1.2),
-        ("max-num-seq", 3),
-    ],
-)
-def test_vllm(path, value):
+@pytest.mark.parametrize("wrong", VLLM_WRONG, ids=lambda wrong: f"{wrong.path}={wrong.value}")
+def test_vllm(wrong):
     rules, _ = find_drafting("vllm@0.33")
     vllm.check(yaml.safe_dump(VLLM), rules)
     with pytest.raises(BadInput):
-        vllm.check(changed(VLLM, path, value), rules)
+        vllm.check(changed(VLLM, wrong.path, wrong.value), rules)
 
 
 def test_the_branch_with_a_window_is_another_engine():
     vllm.check(changed(VLLM, "speculative-config/draft_attention_window", 128), find_drafting("vllm-draft-window")[0])
 
 
-SGLANG = {
-    "model-path": "m", "context-length": 100, "max-running-requests": 64, "speculative-algorithm": "EAGLE3", "speculative-draft-model-path": "d",
-    "speculative-num-steps": 5, "speculative-eagle-topk": 1, "speculative-num-draft-tokens": 6, "speculative-draft-window-size": 64,
-    "speculative-adaptive": True, "speculative-adaptive-config": "x.json",
-}  # fmt: skip
-SLOTS = '{"1": {"candidate_steps": [5]}, "9": {"candidate_steps": [0]}}'
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("speculative-draft-window-siz", 64),  # the beginning of a key: taken by SGLang
-        ("speculative-num-draft-tokens", 5),
-        ("speculative-eagle-topk", None),
-        ("speculative-algorithm", "EAGLE4"),
-        ("speculative-algorithm", "STANDALONE"),  # a window has no effect, nor has a schedule
-        ("speculative-algorithm", "NEXTN"),  # a schedule is for EAGLE and EAGLE3
-        ("speculative-algorithm", None),
-        ("speculative-draft-sink-size", 4),  # not of EAGLE3
-        ("speculative-draft-model-path", None),
-        ("speculative-adaptive", None),
-        ("kv-cache-dtype", "bfloat16"),
-        ("mem-fraction-static", 1.0),
-    ],
-)
-def test_sglang(path, value):
+@pytest.mark.parametrize("wrong", SGLANG_WRONG, ids=lambda wrong: f"{wrong.path}={wrong.value}")
+def test_sglang(wrong):
     rules, _ = find_drafting("sglang")
     sglang.check(yaml.safe_dump(SGLANG), SLOTS, rules)
     with pytest.raises(BadInput):
-        sglang.check(changed(SGLANG, path, value), SLOTS, rules)
+        sglang.check(changed(SGLANG, wrong.path, wrong.value), SLOTS, rules)
+
+
+@pytest.mark.parametrize(("path", "value"), [("speculative-algorithm", "NEXTN"), ("kv-cache-dtype", "bfloat16"), ("dtype", "half")])
+def test_sglang_takes_what_its_own_parser_takes(path, value):
+    sglang.check(changed(SGLANG, path, value), SLOTS, find_drafting("sglang")[0])
 
 
 @pytest.mark.parametrize("slots", ['{"1": {"candidate_steps": [4]}}', '{"2": {"candidate_steps": [5]}}', '{"x": {"candidate_steps": [5]}}', "{}",
