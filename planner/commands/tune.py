@@ -5,6 +5,7 @@ off and the drafter at a few lengths, a few loads each  ->  cells  ->  fit and c
 
 import hashlib
 import math
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +24,7 @@ from planner.commands.tune_servers import Launched, Subject, There
 from planner.engines.completions import Prompt
 from planner.engines.contract import Drafting
 from planner.engines.http import Key
+from planner.engines.launch import recorded
 from planner.engines.prompts import read_prompts
 from planner.errors import BadInput, Unfinished
 from planner.exports import Step
@@ -111,7 +113,8 @@ class _TuneRun(msgspec.Struct, kw_only=True):
 def _identity(asked: AskedTune) -> dict[str, str]:
     """What decides which loads are run, and how; bounds may be raised when a tuning goes on."""
     free = ("cap_requests", "cap_minutes", "ready_s", "model", "draft_size", "system")
-    return {name: str(value) for name, value in asked._asdict().items() if name not in free}
+    found = {name: str(value) for name, value in asked._asdict().items() if name not in free}
+    return found | ({"launch": shlex.join(recorded(shlex.split(asked.launch)))} if asked.launch else {})  # without keys
 
 
 def _check(asked: AskedTune) -> None:

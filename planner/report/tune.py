@@ -86,6 +86,8 @@ def _setting(tuning: Tuning) -> str:
 
 def _gain(tuning: Tuning) -> str:
     """The headline, predicted, and measured where it was checked."""
+    if not tuning.chosen and tuning.yours == Setting():
+        return "none to be had: your command does not draft, and that is best"
     if tuning.yours is None or tuning.predicted_gain is None:
         over = (
             "off, your command says nothing that could be compared"
