@@ -31,7 +31,7 @@ from planner.exports import Step
 from planner.files import Journal, journal_path, write_whole
 from planner.measurements import encode, fingerprint
 from planner.schedules import Limits, save_schedule
-from planner.search.defects import find_defects
+from planner.search.defects import collapsed, find_defects
 from planner.search.design import Probe, draft_lens, loads_between, probes
 from planner.search.grid import Question
 from planner.serving import OFF, ServingProfile, save_serving_profile
@@ -39,6 +39,7 @@ from planner.specs import Objective
 from planner.tunings import Tuning
 
 MAX_CONCURRENCY, MAX_DRAFT_LEN, MAX_TEXTS = 1024, 64, 10_000
+WARM = 4  # requests of a start that are not measured
 TUNING, PROFILE, SCHEDULE = "tuning.json", "profile.json", "schedule.json"  # in the folder, beside the servers' logs
 
 
@@ -77,15 +78,15 @@ def tune(
         bench = Bench(subject, folder, asked, seed, list(journal.entries(Piece)), journal.add, progress)
         progress.stage("measure", sum(len(item.loads) for item in items))
         for item in items:
-            bench(item, partial(prompts.to_measure, item.repeat))
-        profile = _profile(bench, subject)
+            bench(item, partial(prompts.to_measure, item.repeat), prompts.to_check(places[0])[:WARM])
+        profile, scheduled = _profile(bench, subject)
         save_serving_profile(profile, folder / PROFILE)
-        choice, loads = _choose(subject, asked, profile, folder, places, objective, goodput, histogram, price_per_hour)
+        choice, loads = _choose(subject, asked, profile, scheduled, folder, places, objective, goodput, histogram, price_per_hour)
         save_schedule(choice.schedule, folder / SCHEDULE)
         checks = _check_items(subject, choice, asked, places)
         progress.stage("check", sum(len(item.loads) for own in checks.values() for item in own))
         for item in sorted((item for own in checks.values() for item in own), key=lambda item: item.repeat):
-            bench(item, prompts.to_check)
+            bench(item, prompts.to_check, prompts.to_measure(0, places[0])[:WARM])
         roles = {role: own for role, items in checks.items() if (own := bench.runs_of(items))}
         tuning = Tuning(
             planner_version=planner.__version__, engine=subject.rules.name, engine_version=_version(bench, subject), method=subject.method,
@@ -195,6 +196,8 @@ class _Prompts:
         return [self._pool[(begin + i) % len(self._pool)] for i in range(self._sizes[load])]
 
     def to_check(self, load: int) -> list[Prompt]:
+        if not self._held:
+            return self._pool[-self._sizes[load] :]
         begin = sum(size for at, size in self._checks.items() if at < load)
         return [self._held[(begin + i) % len(self._held)] for i in range(self._checks[load])]
 
@@ -215,17 +218,23 @@ def _sizes(asked: AskedTune, items: list[Item], places: list[int]) -> dict[int, 
     return sizes
 
 
-def _profile(bench: Bench, subject: Subject) -> ServingProfile:
+def _profile(bench: Bench, subject: Subject) -> tuple[ServingProfile, bool]:
+    """What was measured, but for loads at which a schedule collapsed; and whether the engine runs schedules as it is told."""
     measured = [run for run in bench.runs if run.stage == "measure"]
-    if not any(run.setting.draft_len for run in measured):
-        raise Unfinished(f"a tuning needs a load with {subject.method}, the bounds left none; raise --cap-minutes or --cap-requests, and --resume")
-    cells, doubts = served_cells(measured, subject.tensor_parallel)
-    version = _version(bench, subject)
+    found = {defect.name for defect in find_defects(measured, bench.launches, engine=subject.rules.name)}
+    gone = collapsed(measured, bench.launches)
+    kept = [run for i, run in enumerate(measured) if i not in gone]
+    if not any(run.setting.draft_len for run in kept):
+        why = f" ({bench.cut[-1]})" if bench.cut else ""
+        raise Unfinished(f"a tuning needs a load with {subject.method}, there is none{why}; raise the bounds or mend that, and go on with --resume")
+    cells, doubts = served_cells(kept, subject.tensor_parallel)
+    doubts += [f"{len(gone)} loads at which a schedule collapsed are left out"] if gone else []
+    scheduled = subject.method in subject.rules.scheduled and not found & {"collapse", "draft_len ignored"}
     return ServingProfile(
-        source=f"{subject.rules.name} {version}".strip(), date=datetime.now(UTC).isoformat(timespec="seconds"), planner_version=planner.__version__,
-        model=subject.model, drafters={} if subject.drafter is None else {subject.method: subject.drafter}, system=subject.system, cells=cells,
-        warnings=[*doubts, *_left_out(bench)],
-    )  # fmt: skip
+        source=f"{subject.rules.name} {_version(bench, subject)}".strip(), date=datetime.now(UTC).isoformat(timespec="seconds"),
+        planner_version=planner.__version__, model=subject.model, drafters={} if subject.drafter is None else {subject.method: subject.drafter},
+        system=subject.system, cells=cells, warnings=[*doubts, *_left_out(bench)],
+    ), scheduled  # fmt: skip
 
 
 def _left_out(bench: Bench) -> list[str]:
@@ -243,6 +252,7 @@ def _choose(
     subject: Subject,
     asked: AskedTune,
     profile: ServingProfile,
+    scheduled: bool,
     folder: Path,
     places: list[int],
     objective: Objective,
@@ -252,7 +262,6 @@ def _choose(
 ) -> tuple[Choice, "Loads"]:  # noqa: F821  planner.search.loads
     context_len, yours = profile.cells[0].context_len, subject.yours
     comparable = yours is not None and yours.drafter in (OFF, subject.method)
-    scheduled = subject.method in subject.rules.scheduled
     loads = engine_loads(profile, None, None, [yours] if comparable and yours.drafter != OFF else [], idle=scheduled)
     weights = None if histogram is None else read_weights(histogram, asked.concurrency, [context_len])
     devices = subject.tensor_parallel
@@ -260,7 +269,7 @@ def _choose(
         *asked.concurrency, [context_len], objective, goodput, weights, None if price_per_hour is None else price_per_hour * devices / 3600
     )
     return choose_setting(
-        loads, question, subject.method, subject.rules, yours if comparable else None, places, source=profile.source, model=profile.model.name,
+        loads, question, scheduled, yours if comparable else None, places, source=profile.source, model=profile.model.name,
         system=profile.system.name, tensor_parallel=devices, profile_sha256=fingerprint(folder / PROFILE), price_per_hour=price_per_hour,
         memory_cap_bytes=None,
     ), loads  # fmt: skip

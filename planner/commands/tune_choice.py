@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.commands.deploying import steps_by_batch
-from planner.engine_rules import DraftRules
 from planner.exports import Step
 from planner.importers.contract import conditional
 from planner.plans import Interval
@@ -74,14 +73,15 @@ class Choice(NamedTuple):
     gain: Interval | None  # over yours, over all loads; None where that was not measured
 
 
-def choose_setting(loads: Loads, question: Question, method: str, rules: DraftRules, yours: Setting | None, places: list[int], **about) -> Choice:
-    """What one server is told: a schedule by running batch where the engine takes one for this method, else one draft length for all loads.
+def choose_setting(loads: Loads, question: Question, scheduled: bool, yours: Setting | None, places: list[int], **about) -> Choice:
+    """What one server is told.
 
-    yours   what to compare with, where it is among the settings
-    places  concurrencies to show
+    scheduled  the draft length may follow the running batch; else there is one for all loads
+    yours      what to compare with, where it is among the settings
+    places     concurrencies to show
     """
     grid = evaluate(loads, question)
-    if method in rules.scheduled:
+    if scheduled:
         kept: Loads = loads
     else:
         best = loads.settings[best_static(grid)]

@@ -20,7 +20,7 @@ from planner.schedules import Setting
 from planner.search.design import Probe
 from planner.tunings import Launch, Run
 
-WARM_REQUESTS, WARM_TOKENS = 4, 16  # of a start, not measured: connections, and kernels that are compiled when they are first needed
+WARM_TOKENS = 16  # of requests that are not measured: connections, and kernels that are compiled when they are first needed
 
 
 class Item(NamedTuple):
@@ -75,29 +75,40 @@ class Bench:
     def requests(self) -> int:
         return sum(run.sent for run in self.runs)
 
-    def __call__(self, item: Item, prompts: Callable[[int], list[Prompt]]) -> None:
-        """Run what is not done yet. prompts  those of a load"""
-        about = {"stage": item.stage, "repeat": item.repeat, "drafter": item.drafting.method, "steps": list(item.drafting.steps)}
+    def __call__(self, item: Item, prompts: Callable[[int], list[Prompt]], warm: list[Prompt]) -> None:
+        """Run what is not done yet. Where a server with a drafter fails, that is kept in mind, and the rest of its loads passed over.
+
+        prompts  those of a load      warm  others, to begin with
+        """
         todo = [load for load in item.loads if (item.stage, item.repeat, item.drafting.method, *item.drafting.steps, load) not in self._done]
         self._progress.advance(len(item.loads) - len(todo))
-        if not todo or self._stop(item, todo):
+        if not todo or self._stop(item, {todo[0]: prompts(todo[0])}):
+            self._progress.advance(len(todo))
             return
+        ran = len(self.runs)
+        try:
+            self._run(item, {load: prompts(load) for load in todo}, warm)
+        except ServerError as error:
+            if not item.drafting.steps:
+                raise
+            self.cut.append(f"{self._named(item)} failed, and what was left of it was passed over: {error}"[:2000])
+            self._progress.advance(len(todo) - (len(self.runs) - ran))
+
+    def _run(self, item: Item, loads: dict[int, list[Prompt]], warm: list[Prompt]) -> None:
+        about = {"stage": item.stage, "repeat": item.repeat, "drafter": item.drafting.method, "steps": list(item.drafting.steps)}
         at = time.monotonic()
         with self._subject.serve(item.drafting, len(self.launches), self._folder) as (client, launch):
-            metrics = _has_metrics(client)
+            metrics, judge = _has_metrics(client), not self._asked.keep_repetitive
             asked = Asked(self._model(client), self._asked.output_len, self._asked.temperature, self._asked.top_p, self._seed)
             self.launches.append(launch)
             self._keep(Piece(**about, launch=launch, minutes=(time.monotonic() - at) / 60))
-            warm = prompts(todo[0])[-WARM_REQUESTS:]
-            at = time.monotonic()
-            run_load(client, asked._replace(output_len=min(WARM_TOKENS, asked.output_len), seed=self._seed + 1), warm, concurrency=min(WARM_REQUESTS, todo[-1]),
-                     metrics=False, total_s=REQUEST.total_s, judge=False)  # fmt: skip
-            for load in todo:
-                if self._stop(item, [load]):
+            at, short = time.monotonic(), asked._replace(output_len=min(WARM_TOKENS, asked.output_len))
+            run_load(client, short, warm, concurrency=min(len(warm), max(loads)), metrics=False, total_s=REQUEST.total_s, judge=False)
+            for load, prompts in loads.items():
+                if self._stop(item, {load: prompts}):
+                    self._progress.advance()
                     continue
-                found = run_load(
-                    client, asked, prompts(load), concurrency=load, metrics=metrics, total_s=REQUEST.total_s, judge=not self._asked.keep_repetitive
-                )
+                found = run_load(client, asked, prompts, concurrency=load, metrics=metrics, total_s=REQUEST.total_s, judge=judge)
                 run = Run(
                     launch=len(self.launches) - 1, stage=item.stage, repeat=item.repeat, setting=item.setting(load), concurrency=load, answers=found.answers,
                     prompts=found.prompts, wall_s=found.wall_s, sent=found.sent, degenerate=found.degenerate, short=found.short, counted=found.counted,
@@ -108,20 +119,20 @@ class Bench:
                 at = now
                 self._progress.advance()
 
-    def _stop(self, item: Item, todo: list[int]) -> bool:
-        """Whether a bound is reached, which is said once."""
-        asked, most = self._asked, 2 * sum(todo)
-        bound = None
+    def _stop(self, item: Item, loads: dict[int, list[Prompt]]) -> bool:
+        """Whether a bound is reached, which is said."""
+        asked, bound = self._asked, None
         if self.minutes > asked.cap_minutes:
             bound = f"--cap-minutes {asked.cap_minutes:g}"
-        elif self.requests + most > asked.cap_requests:
+        elif self.requests + sum(len(prompts) + load for load, prompts in loads.items()) > asked.cap_requests:
             bound = f"--cap-requests {asked.cap_requests}"
         if bound is not None:
-            what = f"{item.drafting.method}{f' up to K={item.drafting.draft_len}' if item.drafting.steps else ''}"
-            at = ", ".join(map(str, todo))
-            self.cut.append(f"{bound} was reached: {item.stage} {item.repeat + 1} of {what} at concurrency {at} was not run")
-            self._progress.advance(len(todo))
+            self.cut.append(f"{bound} was reached: {self._named(item)} was not run from concurrency {min(loads)} on")
         return bound is not None
+
+    def _named(self, item: Item) -> str:
+        drafts = f" up to K={item.drafting.draft_len}" if item.drafting.steps else ""
+        return f"{item.stage} {item.repeat + 1} of {item.drafting.method}{drafts}"
 
     def _model(self, client: Client) -> str:
         known, named = served_models(client), self._asked.served_model

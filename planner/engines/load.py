@@ -159,7 +159,7 @@ def _sum_up(found: dict[int, Written], judge: bool, wall_s: float, sent: int, co
     if not answers:
         raise BadInput(
             f"a load needs an answer of several tokens that does not repeat itself, of {len(found)} there are {short} too short and "
-            f"{degenerate} that repeat themselves; use other prompts, a longer output, or a temperature above 0"
+            f"{degenerate} that repeat themselves; use other prompts, a longer output, a temperature above 0, or --keep-repetitive"
         )
     return Load(answers, places, wall_s, sent, degenerate, short, _of_answers(kept, counted))
 
