@@ -89,7 +89,7 @@ class Bench:
         try:
             self._run(item, {load: prompts(load) for load in todo}, warm)
         except ServerError as error:
-            if not item.drafting.steps:
+            if not (item.drafting.steps and self._subject.restarts):
                 raise
             self.cut.append(f"{self._named(item)} failed, and what was left of it was passed over: {error}"[:2000])
             self._progress.advance(len(todo) - (len(self.runs) - ran))
