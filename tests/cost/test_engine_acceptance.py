@@ -79,3 +79,19 @@ def test_two_lengths_of_one_drafter_err_alike():
     at = np.array([CONTEXT])
     (_, a), (_, b) = curve.predict(one, at), curve.predict(other, at)
     assert 0 < curve.covariance(one, at, other, at)[0] <= a[0] * b[0]
+
+
+def test_few_texts_widen_a_level_and_not_a_comparison_of_lengths():
+    """Which texts were asked for moves every draft length alike: tokens per round are known less well, what one length has over another is not."""
+    rows = [Row(k, CONTEXT, 1 + sum(0.8 ** (i + 1) for i in range(k)), (0.8,) * k, 3) for k in (1, 3, 8)]
+    lengths, contexts = np.array([3, 5]), np.array([CONTEXT, CONTEXT])
+
+    def sds(text_sd):
+        curve = AcceptanceCurve(rows, max(0.008, text_sd), text_sd)
+        _, sd = curve.predict(lengths, contexts)
+        shared = curve.covariance(lengths[:1], contexts[:1], lengths[1:], contexts[1:])[0]
+        return sd, np.sqrt(sd[0] ** 2 + sd[1] ** 2 - 2 * shared)
+
+    (exact, apart), (few, few_apart) = sds(0.0), sds(0.1)
+    assert (few > 0.1).all() and (few < 0.13).all() and (exact < 0.02).all()
+    assert few_apart < apart + 0.02 and few_apart < few.min() / 3
