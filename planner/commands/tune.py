@@ -18,7 +18,7 @@ from planner.commands.flags import AskedTune
 from planner.commands.plan import check_objective
 from planner.commands.progress import Progress, Silent
 from planner.commands.schedule import check_goodput, engine_loads, read_weights
-from planner.commands.tune_choice import Choice, checked_loads, choose_setting, served_cells
+from planner.commands.tune_choice import Choice, checked_loads, choose_setting, pace, served_cells
 from planner.commands.tune_runs import Bench, Item, Piece
 from planner.commands.tune_servers import Launched, Subject, There
 from planner.engines.completions import Prompt
@@ -36,9 +36,10 @@ from planner.search.design import Probe, draft_lens, loads_between, probes
 from planner.search.grid import Question
 from planner.serving import OFF, ServingProfile, save_serving_profile
 from planner.specs import Objective
-from planner.tunings import Tuning
+from planner.tunings import Defect, Tuning
 
 MAX_CONCURRENCY, MAX_DRAFT_LEN, MAX_TEXTS = 1024, 64, 10_000
+RESTLESS = 1.3  # times as long in one start as in another, beyond which the machine and not the engine explains it
 WARM = 4  # requests of a start that are not measured
 TUNING, PROFILE, SCHEDULE = "tuning.json", "profile.json", "schedule.json"  # in the folder, beside the servers' logs
 
@@ -87,6 +88,7 @@ def tune(
         progress.stage("check", sum(len(item.loads) for own in checks.values() for item in own))
         for item in sorted((item for own in checks.values() for item in own), key=lambda item: item.repeat):
             bench(item, prompts.to_check, prompts.to_measure(0, places[0])[:WARM])
+        steady = pace(bench.runs) < RESTLESS
         roles = {role: own for role, items in checks.items() if (own := bench.runs_of(items))}
         tuning = Tuning(
             planner_version=planner.__version__, engine=subject.rules.name, engine_version=_version(bench, subject), method=subject.method,
@@ -95,8 +97,8 @@ def tune(
             launches=bench.launches, runs=bench.runs, profile=PROFILE, schedule=SCHEDULE, chosen=list(choice.steps), loads=choice.loads,
             yours=subject.yours, predicted_gain=choice.gain, paste=subject.paste(choice.steps, folder),
             checked=checked_loads(roles, loads, profile.cells[0].context_len, objective) if "chosen" in roles else [],
-            max_draft_len=asked.max_draft_len, defects=find_defects(bench.runs, bench.launches, engine=subject.rules.name), cut=bench.cut,
-            notes=[*loads.notes, *profile.warnings, *prompts.notes, *_differences(bench)],
+            max_draft_len=asked.max_draft_len, defects=_defects(bench, subject, steady), cut=bench.cut,
+            notes=[*_restless(bench, steady), *loads.notes, *profile.warnings, *prompts.notes, *_differences(bench)],
         )  # fmt: skip
         write_whole(folder / TUNING, encode(tuning))
     return tuning
@@ -235,6 +237,21 @@ def _profile(bench: Bench, subject: Subject) -> tuple[ServingProfile, bool]:
         planner_version=planner.__version__, model=subject.model, drafters={} if subject.drafter is None else {subject.method: subject.drafter},
         system=subject.system, cells=cells, warnings=[*doubts, *_left_out(bench)],
     ), scheduled  # fmt: skip
+
+
+def _defects(bench: Bench, subject: Subject, steady: bool) -> list[Defect]:
+    """What is surely amiss; of times, only where the machine kept its own."""
+    found = find_defects(bench.runs, bench.launches, engine=subject.rules.name)
+    return found if steady else [defect for defect in found if defect.name not in ("collapse", "idle drafter", "starved")]
+
+
+def _restless(bench: Bench, steady: bool) -> list[str]:
+    if steady:
+        return []
+    return [
+        f"the machine changed its pace: one setting at one load took {pace(bench.runs):.1f} times as long in one start as in another; intervals do not hold "
+        "that, and what the engine may do wrong with time is not told: end what else runs there, and tune again"
+    ]
 
 
 def _left_out(bench: Bench) -> list[str]:

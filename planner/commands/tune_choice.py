@@ -146,6 +146,15 @@ def checked_loads(runs: dict[str, list[Run]], loads: Loads, context_len: int, ob
     return sorted(found, key=lambda one: one.concurrency)
 
 
+def pace(runs: list[Run]) -> float:
+    """By how much the times per token of one setting at one load differ between its starts, at most: what the machine did meanwhile."""
+    times: dict[tuple, list[float]] = {}
+    for run in runs:
+        if not run.setting.draft_len:  # those with drafts differ by their texts as well
+            times.setdefault((run.setting, run.concurrency), []).append(run.tpot_s)
+    return max((max(own) / min(own) for own in times.values()), default=1.0)
+
+
 def _predicted(loads: Loads, setting: Setting, concurrency: int, context_len: int) -> tuple[Interval | None, Interval | None]:
     if setting not in loads.settings:
         return None, None

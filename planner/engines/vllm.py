@@ -42,7 +42,7 @@ LENGTH, ROWS = "num_speculative_tokens", "num_speculative_tokens_per_batch_size"
 SPELLED = ("method", "model", "parallel_drafting", LENGTH, ROWS)
 BLOCK_TOKENS = 16
 VERSION = re.compile(r"(?:server version|LLM engine \(v|[▀▄█] +version)\s*([0-9]+\.[0-9]+[^\s),]*)")
-NOT_IN_FORCE = re.compile(r"specul|draft|spec_decode|cudagraph_mode|max_num_seqs", re.IGNORECASE)
+NOT_IN_FORCE = re.compile(r"^(?!.*enforce eager set).*(specul|draft|spec_decode|cudagraph_mode|max_num_seqs)", re.IGNORECASE)  # eager was asked for
 REFUSING = re.compile(r"disabl|ignor|not support|no effect|overrid|fall(?:ing)? back|clamp|adjust|reset|setting ", re.IGNORECASE)
 
 

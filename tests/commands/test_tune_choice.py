@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from planner.canaries import Answer
-from planner.commands.tune_choice import served_cells
+from planner.commands.tune_choice import pace, served_cells
 from planner.schedules import Setting
 from planner.tunings import Counted, Run
 
@@ -52,3 +52,10 @@ def test_how_much_texts_differ_is_kept():
     sure, unsure = (served_cells([made_run(3, counted, spread=spread)], 1)[0][0] for spread in (0.0, 0.4))
     assert sure.tokens_sd == pytest.approx(0.0, abs=1e-9) and 0.05 < unsure.tokens_sd < 0.15
     assert served_cells([made_run(0, counted, drafter="none")], 1)[0][0].tokens_sd is None
+
+
+def test_a_machine_that_changes_its_pace_is_noticed():
+    steady = [made_run(0, None, drafter="none", tpot_s=tpot_s) for tpot_s in (0.010, 0.011)]
+    assert pace(steady) == pytest.approx(1.1) and pace(steady[:1]) == 1.0
+    assert pace([*steady, made_run(0, None, drafter="none", tpot_s=0.03)]) == pytest.approx(3.0)
+    assert pace([made_run(3, None, tpot_s=tpot_s) for tpot_s in (0.01, 0.03)]) == 1.0, "texts differ, too"
