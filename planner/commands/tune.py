@@ -248,10 +248,9 @@ def _defects(bench: Bench, subject: Subject, steady: bool) -> list[Defect]:
 def _restless(bench: Bench, steady: bool) -> list[str]:
     if steady:
         return []
-    return [
-        f"the machine changed its pace: one setting at one load took {pace(bench.runs):.1f} times as long in one start as in another; intervals do not hold "
-        "that, and what the engine may do wrong with time is not told: end what else runs there, and tune again"
-    ]
+    times = f"{pace(bench.runs):.1f} times as long in one start as in another"
+    doubt = "intervals do not hold that, and what the engine may do wrong with time is not told: end what else runs there, and tune again"
+    return [f"the machine changed its pace: one setting at one load took {times}; {doubt}"]
 
 
 def _left_out(bench: Bench) -> list[str]:
