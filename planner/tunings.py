@@ -98,6 +98,8 @@ class TunedLoad(Spec, kw_only=True):
     output_tokens_per_s: Interval  # of all requests together
     gain_over_off: Interval  # in the objective, relatively
     gain_over_yours: Interval | None  # None: what the given command says was not measured
+    next_best: Setting | None  # of the others, at this load; None where there is none
+    gain_over_next: Interval | None  # may be below 0 where one setting holds at all loads
     best: Setting  # at this load alone; another than `setting` where an engine keeps one for all loads, or a change would win almost nothing
 
 

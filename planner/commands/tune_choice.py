@@ -113,7 +113,12 @@ def _tuned(grid: Grid, path: np.ndarray, free: np.ndarray, yours: int | None, co
         values = 1 / f.tpot_s if measure(objective) == "tpot" else f.output_tokens_per_s
         return relative(float(np.log(values[s, 0, c] / values[other, 0, c])), float(ratio_sds(grid, [(s, other, 0, c)], objective)[0][0]))
 
+    score = grid.score(grid.free, objective)[:, 0, c]
+    others = [int(other) for other, value in zip(grid.free, score, strict=True) if other != s and np.isfinite(value)]
+    rival = max(others, key=lambda other: score[grid.free == other][0], default=None)
     return TunedLoad(
+        next_best=None if rival is None else grid.loads.settings[rival],
+        gain_over_next=None if rival is None else over(rival),
         concurrency=concurrency, setting=grid.loads.settings[s], running_batch=float(f.running[s, 0, c]),
         tpot_s=log_interval(float(np.log(f.tpot_s[s, 0, c])), f.sd_tpot[s, 0, c]),
         output_tokens_per_s=log_interval(float(np.log(f.output_tokens_per_s[s, 0, c])), f.sd_throughput[s, 0, c]),

@@ -40,6 +40,8 @@ def show_tuning(tuning: Tuning, folder: str | Path) -> None:
     ]
     if any(load.gain_over_yours is not None for load in tuning.loads) and tuning.yours != Setting():
         groups.append([Column(f"over your\n{_name(tuning.yours)} %", lambda load: _percent(load.gain_over_yours))])
+    next_best = [Column("next best", lambda load: "" if load.next_best is None else _name(load.next_best), right=False)]
+    groups.append([*next_best, Column("over it %", lambda load: _percent(load.gain_over_next))])
     if any(load.best != load.setting for load in tuning.loads):
         groups.append([Column("best there", lambda load: _name(load.best), right=False)])
     show_table(console, [Column("concurrency", lambda load: str(load.concurrency))], groups, tuning.loads)

@@ -19,7 +19,7 @@ def about(value, share=0.1):
 def made_tuning(**changes):
     answer = Answer(ttft_s=0.1, decode_s=1.0, output_tokens=100, prompt_tokens=50, chunks=40, longest_gap_s=0.02)
     load = TunedLoad(concurrency=4, setting=K3, running_batch=4.0, tpot_s=about(0.01), output_tokens_per_s=about(400.0), gain_over_off=about(0.9),
-                     gain_over_yours=about(0.13), best=K3)  # fmt: skip
+                     gain_over_yours=about(0.13), next_best=OFF, gain_over_next=about(0.9), best=K3)  # fmt: skip
     checked = [
         CheckedLoad(role=role, setting=setting, concurrency=4, num_answers=8, predicted_tpot_s=predicted, predicted_output_tokens_per_s=predicted and about(400.0),
                     measured_tpot_s=about(0.0123), measured_output_tokens_per_s=about(345.0), gain=gain)
