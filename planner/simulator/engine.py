@@ -159,8 +159,8 @@ class Outcome(NamedTuple):
 
     @property
     def makespan_s(self) -> float:
-        """From the first arrival to the last token."""
-        return float(np.nanmax(self.finish_s, initial=0.0) - self.arrival_s.min()) if len(self.arrival_s) else 0.0
+        """From the first arrival to the last token; 0 if nobody was served."""
+        return 0.0 if self.rejected.all() else float(np.nanmax(self.finish_s) - self.arrival_s.min())
 
 
 def simulate(requests: Many[Request], server: Server, *, seed: int = 0, max_jump: int = MAX_JUMP) -> Outcome:
@@ -304,9 +304,10 @@ class Replica:
         if plan.chunks:
             tokens = sum(chunk.tokens for chunk in plan.chunks)
             load = StepLoad(tokens, len(plan.chunks), sum(map(_pairs, plan.chunks)), plan.num_decoding, int(context[0]), draft_len)
-            return np.array([self.clock_s + float(self._cost.step_s(load))])
+            return self.clock_s + _checked(np.array([float(self._cost.step_s(load))]), load)
         nothing = np.zeros(len(context), dtype=np.int64)
-        step_s = self._cost.step_s(StepLoad(nothing, nothing, nothing, np.full(len(context), plan.num_decoding), context, draft_len))
+        load = StepLoad(nothing, nothing, nothing, np.full(len(context), plan.num_decoding), context, draft_len)
+        step_s = _checked(self._cost.step_s(load), load)
         self._last_step_s = float(step_s[-1])
         return np.cumsum(np.concatenate([[self.clock_s], step_s]))[1:]  # one after the other, as single steps would be added
 
@@ -367,6 +368,12 @@ class Replica:
             columns[7].astype(np.int64),
             columns[8],
         )
+
+
+def _checked(step_s: np.ndarray, load: StepLoad) -> np.ndarray:
+    if not (step_s.min() > 0 and step_s.max() < np.inf):
+        raise ValueError(f"a step must take a finite time above 0, got {step_s} for {load}")
+    return step_s
 
 
 def _pairs(chunk: Chunk) -> float:

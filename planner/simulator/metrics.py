@@ -45,13 +45,16 @@ class Summary(NamedTuple):
     max_kv_share: float
 
 
-def summarise(outcome: Outcome, limits: Limits = Limits(), *, seed: int = 0) -> Summary:
+def summarise(outcome: Outcome, limits: Limits = Limits(), *, seed: int = 0, draws: int = NUM_DRAWS) -> Summary:
     """All of it, with intervals at 90 %."""
     series, makespan_s = outcome.series, outcome.makespan_s
     replicas = max(int(series.replica.max(initial=0)), int(outcome.replica.max())) + 1
     span_s = series.end_s - series.start_s
     total_s = makespan_s or np.nan
-    times = {name: {str(of): interval(outcome, statistic(name, of), seed=seed) for of in ("mean", *(f"p{p}" for p in PERCENTILES))} for name in TIMES}
+    times = {
+        name: {str(of): interval(outcome, statistic(name, of), seed=seed, draws=draws) for of in ("mean", *(f"p{p}" for p in PERCENTILES))}
+        for name in TIMES
+    }
     served = ~outcome.rejected
     return Summary(
         requests=len(outcome.arrival_s),
@@ -62,9 +65,9 @@ def summarise(outcome: Outcome, limits: Limits = Limits(), *, seed: int = 0) -> 
         e2e_s=times["e2e_s"],
         requests_per_s=float(served.sum() / total_s),
         output_tokens_per_s=float(outcome.output_len[served].sum() / total_s),
-        within=interval(outcome, lambda run, which: float(keeps(run, limits)[which].mean()), seed=seed),
-        goodput_requests_per_s=interval(outcome, goodput(limits), seed=seed),
-        goodput_tokens_per_s=interval(outcome, goodput(limits, tokens=True), seed=seed),
+        within=interval(outcome, lambda run, which: float(keeps(run, limits)[which].mean()), seed=seed, draws=draws),
+        goodput_requests_per_s=interval(outcome, goodput(limits), seed=seed, draws=draws),
+        goodput_tokens_per_s=interval(outcome, goodput(limits, tokens=True), seed=seed, draws=draws),
         tokens_per_round=outcome.tokens_per_round,
         preemptions=int(outcome.preemptions.sum()),
         reused_share=float(outcome.reused_tokens[served].sum() / max(outcome.input_len[served].sum(), 1)),

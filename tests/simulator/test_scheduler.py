@@ -93,7 +93,7 @@ def test_bytes_of_target_and_drafter_become_blocks():
 
 def test_a_decode_without_a_block_takes_the_youngest_requests_and_that_one_is_computed_again():
     scheduler = make(blocks=4, caching=False)
-    old, young = queue(scheduler, (31, 40), (31, 40))
+    old, young, _ = queue(scheduler, (31, 40), (31, 40), (31, 40))
     step(scheduler)
     step(scheduler)  # both have 32 tokens with KV: two blocks each, all of them
     plan = scheduler.schedule(0)
@@ -140,6 +140,18 @@ def test_the_prefix_used_least_recently_goes_first():
         step(scheduler)
         found.append(sequence.reused)
     assert found == [H, H, H, 0]  # key 2 was the one to go
+
+
+def test_the_end_of_a_prefix_goes_before_its_beginning():
+    blocks = H // 16
+    scheduler = make(blocks=3 * blocks, tokens=4 * H)
+    found = []
+    for number, request in enumerate([(2 * H + 1, 1, (1, 2)), (H + 1, 1, (3,)), (2 * H + 1, 1, (1, 2))]):  # the second one takes room for one hash
+        sequence = Sequence(number, *request)
+        scheduler.add(sequence)
+        step(scheduler)
+        found.append(sequence.reused)
+    assert found == [0, 0, H]
 
 
 def test_nothing_is_shared_without_prefix_caching():
