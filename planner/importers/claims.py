@@ -303,9 +303,10 @@ def _draft_costs(rows: Sequence[Row], baselines: _Baselines, reads: Reads) -> It
 
 def _blamed(cost: _Cost, least_s: float, baselines: _Baselines, example: str, what: str) -> _Finding:
     """Another context's baseline under the longer draft, where that and no other explains the cost; else both rows."""
-    able = [context for context, factor in baselines.others(cost.many) if cost.without(baselines, factor) + cost.error >= least_s]
-    if cost.many.speedup is not None and cost.many.round_s is None and len(able) == 1:
-        return _other_baseline(cost.many, able[0], example)
+    if cost.many.speedup is not None and cost.many.round_s is None:
+        able = [context for context, factor in baselines.others(cost.many) if cost.without(baselines, factor) + cost.error >= least_s]
+        if len(able) == 1:
+            return _other_baseline(cost.many, able[0], example)
     return _Finding("draft_cost", what, [cost.few, cost.many], example, "one of the two rows is of another run, baseline or drafter")
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from planner.errors import BadInput
 from planner.importers.bench_table import MAX_TABLE_BYTES, read_number
 from planner.importers.claims import NOISE, Row, differ
-from planner.importers.contract import MAX_CELLS, decoded, shown
+from planner.importers.contract import decoded, shown
 from planner.serving import OFF
 
 NEEDED = ("drafter", "context_len", "draft_len")
@@ -24,6 +24,7 @@ WORDS = ("table", "drafter", "target", "device", "texts")
 WHOLE = ("context_len", "draft_len", "kv_budget", "batch")
 MEASURED = ("acceptance", "tokens_per_round", "speedup", "tpot_s", "round_s", "tokens_per_s")
 COLUMNS = (*NEEDED, "table", "target", "device", "texts", "kv_budget", "batch", "temperature", *MEASURED)
+MAX_ROWS = 10_000
 MAX_WORD = 200
 LARGEST = {"draft_len": 1024, "temperature": 1e3}
 
@@ -52,8 +53,8 @@ def read_published(content: bytes, name: str) -> Published:
                 continue
             if len(fields) != len(columns):
                 raise BadInput(f"{name}, line {line} must have a field for each of the {len(columns)} columns, got {len(fields)}; empty ones count")
-            if len(rows) == MAX_CELLS:
-                raise BadInput(f"a table holds at most {MAX_CELLS} rows, {name} has more; split it")
+            if len(rows) == MAX_ROWS:
+                raise BadInput(f"a table holds at most {MAX_ROWS} rows, {name} has more; split it")
             row, against = _row(dict(zip(columns, map(str.strip, fields), strict=True)), f"{name}, line {line}", f"{name}:{line}")
             rows.append(row)
             doubtful += [(row, *contradiction) for contradiction in against]
