@@ -85,7 +85,7 @@ def find_faults(rows: Sequence[Row], reads: Reads, *, strict: bool) -> list[Faul
     drafting = [row for row in rows if row.drafter != OFF and row.draft_len > 0]
     found = [
         *_outside(drafting), *_rising(drafting, strict), *_too_fast(drafting, baselines), *_misdivided(drafting, baselines),
-        *_unequal(drafting, baselines), *_draft_costs(drafting, baselines, reads), *_below_target(rows, baselines, reads),
+        *_unequal(drafting, baselines), *(_baselines(rows) if strict else ()), *_draft_costs(drafting, baselines, reads), *_below_target(rows, baselines, reads),
     ]  # fmt: skip
     merged: dict[tuple, list[_Finding]] = defaultdict(list)
     for finding in found:
@@ -239,6 +239,18 @@ def _unequal(rows: Sequence[Row], baselines: _Baselines) -> Iterator[_Finding]:
                 yield from _contradicting(budgets[None], others, baselines)
             elif mean > most and differ(mean, most, REPEATS):
                 yield from _contradicting(others, budgets[None], baselines)
+
+
+def _unequal_baselines(rows: Sequence[Row]) -> Iterator[_Finding]:
+    first: dict[tuple, Row] = {}
+    for row in rows:
+        if row.drafter == OFF and row.tpot_s is not None:
+            known = first.setdefault((row.series, row.context_len), row)
+            if differ(row.tpot_s, known.tpot_s, REPEATS):
+                example = f"{row.source} and {known.source} ({row.tpot_s * 1e3:.4g} and {known.tpot_s * 1e3:.4g} ms a token)"
+                yield _Finding(
+                    "repeats", "plain decoding of one context is given twice and differs", [known, row], example, "every speedup depends on it; keep the right one"
+                )  # fmt: skip
 
 
 def _contradicting(low: list[Row], high: list[Row], baselines: _Baselines) -> Iterator[_Finding]:

@@ -129,6 +129,17 @@ def test_a_single_wrong_row_is_caught(audit, change, kind):
     assert kind in kinds(audit(*single_stream(change)))
 
 
+def test_a_speedup_beside_its_own_time_shows_whose_baseline_it_has(audit):
+    rows = [",,,4096,,0,1,,,,0.02,,", ",,,8192,,0,1,,,,0.03,,", ",,,16384,,0,1,,,,0.05,,", ",d,,8192,,5,1,,4,2,0.015,,"]
+    assert audit(*rows).faults == []
+    (fault,) = audit(*rows[:3], rows[3].replace("4,2,0.015", "4,3.33,0.015")).faults
+    assert fault.kind == "baseline" and fault.what.endswith("at 16384 tokens of context, not 8192") and fault.rows == ["t.csv:5"]
+    (fault,) = audit(*rows[:3], rows[3].replace("4,2,0.015", "4,2.6,0.015")).faults  # nobody's
+    assert fault.what == "the speedup is not the ratio of the times"
+    (fault,) = audit(*rows, ",,,8192,,0,1,,,,0.04,,").faults
+    assert fault.what == "plain decoding of one context is given twice and differs" and fault.rows == ["t.csv:3", "t.csv:6"]
+
+
 def test_steps_cannot_be_faster_than_reading_their_weights(audit):
     size = "num_layers=64,num_kv_heads=8,head_dim=128,weights_gb="
     fits = {"system": "h100_sxm", "model": f"{size}65.5", "draft_models": {"qwen3-1.7b": f"{size}4"}}  # 19.6 and 1.2 ms
