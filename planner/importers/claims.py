@@ -85,7 +85,8 @@ def find_faults(rows: Sequence[Row], reads: Reads, *, strict: bool) -> list[Faul
     drafting = [row for row in rows if row.drafter != OFF and row.draft_len > 0]
     found = [
         *_outside(drafting), *_rising(drafting, strict), *_too_fast(drafting, baselines), *_misdivided(drafting, baselines),
-        *_unequal(drafting, baselines), *(_baselines(rows) if strict else ()), *_draft_costs(drafting, baselines, reads), *_below_target(rows, baselines, reads),
+        *_unequal(drafting, baselines), *_draft_costs(drafting, baselines, reads), *_below_target(rows, baselines, reads),
+        *(_unequal_baselines(rows) if strict else ()),  # of served cells: consistency.py, among all repeats
     ]  # fmt: skip
     merged: dict[tuple, list[_Finding]] = defaultdict(list)
     for finding in found:
