@@ -23,6 +23,7 @@ CLIFF_PRICE = 4.0  # what a memory's size must gain in log likelihood before it 
 LEAST_LIKELY = 0.05  # of the likeliest: less is not looked at
 CLIFF_SD, CLIFF_CAP = 0.02, 0.3  # spread that even a right law leaves, and the residual from where on a row says no more
 OUTLYING, OUTLYING_SD = np.log(1.5), 4.0  # an outlier misses by more than both
+FLOOR_NORM, LEAST_ALONE = 6.0, 0.3  # exponent that joins the floor and the terms; a row on the floor bounds the terms to a share of it
 MOST_OUTLIERS = 0.1  # of the rows
 LEAST_SD = 0.01  # of a repeated measurement
 PRIOR_ROWS, PRIOR_WIDTH = 8, 2.0  # so many rows that missed by so many standard deviations are added to those that calibrate
@@ -67,16 +68,30 @@ ATTENTION_HYPER = {
 
 
 def tree_verification() -> Form:
-    """The target's pass over a draft tree and its root at batch 1. Rows are (context_len, tree_size)."""
+    """The target's pass over a draft tree and its root at batch 1. Rows are (context_len, tree_size).
+
+    The last term is empirical: on an A800 a node costs the more the wider the tree is, most at long contexts.
+    """
 
     def terms(rows: np.ndarray) -> np.ndarray:
         context, tokens = rows[:, 0], rows[:, 1] + 1
-        return np.stack([np.ones(len(rows)), tokens, context, tokens * context, tokens**2], axis=1)
+        return np.stack([np.ones(len(rows)), tokens, context, tokens * context, tokens**2 * context], axis=1)
 
     return Form(terms, lambda rows: rows / (1000.0, 64.0), TREE_HYPER, floored=True)
 
 
-TREE_HYPER = {"term": (0.1, 0.5), "smooth": (0.03, 0.6), "noise": (0.01, 0.5), "length_0": (3.0, 0.4), "length_1": (3.0, 0.4)}
+TREE_HYPER = {"term": (0.1, 0.5), "smooth": (0.03, 0.6), "noise": (0.005, 0.5), "length_0": (3.0, 0.4), "length_1": (3.0, 0.4)}
+
+
+def best_tree_sizes(model: "KernelTime", contexts: np.ndarray, tokens_per_round: np.ndarray, draft_s: float) -> np.ndarray:
+    """[C] sizes that a verification model finds to give the most tokens per second (CaDDTree's theta, arXiv:2606.01813).
+
+    tokens_per_round  [N] of trees of 0, 1, .. N - 1 nodes; draft_s  to draft one
+    """
+    sizes = np.arange(len(tokens_per_round))
+    rows = np.stack(np.meshgrid(contexts, sizes, indexing="ij"), axis=-1).reshape(-1, 2)
+    verify_s = model.predict(rows)[0].reshape(len(contexts), len(sizes))
+    return (tokens_per_round / (draft_s + verify_s)).argmax(1)
 
 
 def matrix_product(num_columns: int, num_sms: int) -> Form:
@@ -115,9 +130,7 @@ class Law(NamedTuple):
     def seconds(self, form: Form, rows: np.ndarray) -> np.ndarray:
         """[n] their weighted geometric mean."""
         terms = form.terms(rows)
-        each = [
-            np.maximum(_with_edge(form, terms, edge) @ own, floor) for edge, floor, own in zip(self.edge, self.floor, self.coefficients, strict=True)
-        ]
+        each = [_above(_with_edge(form, terms, edge) @ own, floor) for edge, floor, own in zip(self.edge, self.floor, self.coefficients, strict=True)]
         return np.exp(self.weight @ np.log(np.maximum(each, 1e-12)))
 
 
@@ -242,6 +255,11 @@ def _with_edge(form: Form, terms: np.ndarray, edge: float) -> np.ndarray:
     return np.concatenate([terms, np.where(read > edge, read, 0.0)[:, None]], axis=1)
 
 
+def _above(seconds: np.ndarray, floor: float) -> np.ndarray:
+    """The larger of both, or a little more where they are alike: what keeps a device waiting ends gradually."""
+    return floor * (1 + (seconds / floor) ** FLOOR_NORM) ** (1 / FLOOR_NORM) if floor > 0 else seconds
+
+
 class _Fit(NamedTuple):
     floor: float
     coefficients: np.ndarray  # [F]
@@ -271,8 +289,10 @@ def _fit_floored(terms: np.ndarray, seconds: np.ndarray) -> _Fit:
     order, best = np.argsort(seconds), None
     for count in range(len(seconds) - 1):
         floor = float(np.exp(np.log(seconds[order[:count]]).mean())) if count else 0.0
-        coefficients = _weighted(terms[order[count:]], seconds[order[count:]], np.ones(len(seconds) - count))
-        residual = np.log(np.maximum(terms @ coefficients, max(floor, 1e-12)) / seconds)
+        slower = seconds[order[count:]]
+        alone = np.maximum(slower**FLOOR_NORM - floor**FLOOR_NORM, (LEAST_ALONE * slower) ** FLOOR_NORM) ** (1 / FLOOR_NORM)  # without the floor
+        coefficients = _weighted(terms[order[count:]], alone, np.ones(len(alone)))
+        residual = np.log(np.maximum(_above(terms @ coefficients, floor), 1e-12) / seconds)
         if best is None or np.abs(residual).sum() < np.abs(best.residual).sum() - 1e-9:
             best = _Fit(floor, coefficients, residual, np.ones(len(seconds)))
     return best
