@@ -27,19 +27,11 @@ def texts() -> str:
     return str(SHARED / "texts")
 
 
-def measured() -> Path:
-    """The folder of measurements of real devices, as for the texts."""
-    if not (SHARED / "measured").is_dir():
-        print(f"skipped: {SHARED / 'measured'} does not exist; put the tables there or set PLANNER_SHARED to the folder above them", file=sys.stderr)
-        raise SystemExit(0)
-    return SHARED / "measured"
-
-
-def measured(name: str) -> Path:
-    """A file of measurements of others, $PLANNER_SHARED/measured/name or ../shared/measured/name; exits with the remedy if it is not there."""
-    path = Path(os.environ.get("PLANNER_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "measured" / name
-    if not path.is_file():
-        print(f"skipped: {path} does not exist; set PLANNER_SHARED to the folder that holds measured/", file=sys.stderr)
+def measured(name: str = "") -> Path:
+    """A file of measurements that others made of real devices, or their folder, as for the texts."""
+    path = SHARED / "measured" / name
+    if not path.exists():
+        print(f"skipped: {path} does not exist; put the tables there or set PLANNER_SHARED to the folder above them", file=sys.stderr)
         raise SystemExit(0)
     return path
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from common import Shown, make_parser, progress, report_tables
 from validation_kernels import a800, attention, matrix_products
+from validation_run import audit, real_run
 
 AT_MOST, AT_LEAST = operator.le, operator.ge
 
@@ -16,6 +17,8 @@ PARTS: dict[str, Callable[[], Shown]] = {
     "decode_attention": attention,
     "gemm": matrix_products,
     "a800": a800,
+    "real_run": real_run,
+    "audit": audit,
 }
 
 # How a figure's name ends, within a part: errors and losses are shares.
@@ -27,6 +30,8 @@ TARGETS: dict[str, dict[str, tuple[Callable[[float, float], bool], float]]] = {
         "n50_chosen": (AT_MOST, 0.05),
     },
     "a800": {"mape": (AT_MOST, 0.04), "throughput_loss_max": (AT_MOST, 0.02)},
+    "real_run": {"tpot_mean": (AT_MOST, 0.03), "e2e_mean": (AT_MOST, 0.05), "ttft_mean": (AT_MOST, 0.10)},
+    "audit": {"budgetdraft_found": (AT_LEAST, 2)},
 }
 
 

@@ -1,9 +1,9 @@
-"""Does a simulated run become the real one, and are inconsistent tables caught?
+"""Parts of validation.py: does a simulated run become the real one, and are inconsistent tables caught?
 
 real run   300 requests of ShareGPT through vLLM 0.19 on an RTX 4090 (Llama-3.1-8B, a KV pool of 41,408 tokens, so that a request
            waits for a minute and about 190 preemptions happen), simulated from their arrivals and lengths with steps composed of one layer's
-           kernel times (cost/layer_step.py). Nothing of the run's own times is used but when requests arrived: no overhead, no
-           factor. Beside it the error that the tables' authors print of their simulator, and what happens with every second value
+           kernel times (cost/layer_step.py). Of the run's own times only the arrivals are used, set against the engine's clock by
+           the request that was queued soonest: no overhead, no factor. Beside it the error that the tables' authors print of their simulator, and what happens with every second value
            of each column, and without prefix caching (preempted requests compute everything again).
 audit      the two known faults of the tables of arXiv:2606.00144, by the rows they are in.
 """
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import make_parser, measured, report_tables
+from common import Shown, measured
 
 import planner
 from planner.cost.layer_step import LayerStep
@@ -32,11 +32,8 @@ PERCENTILES = {"mean": None, "p50": 50, "p90": 90, "p99": 99}
 OTHERS = {"mean": "Mean", "p50": "Median", "p90": "P90", "p99": "P99"}  # in the other simulator's summary
 NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "Latency"}
 
-Tables = dict[str, list[dict]]
-Figures = dict[str, float]
 
-
-def real_run() -> tuple[Tables, Figures]:
+def real_run() -> Shown:
     meta = json.loads(measured(f"{RUN}/meta.json").read_text())
     lines = gzip.decompress(measured(f"{RUN}/requests.jsonl.gz").read_bytes()).splitlines()
     column = {name: np.array([json.loads(line)[name] for line in lines]) for name in json.loads(lines[0]) if name != "request_id"}
@@ -81,7 +78,7 @@ def real_run() -> tuple[Tables, Figures]:
         f"to the last token {outcome.makespan_s:.1f} s (vLLM: {column['last_token_ts'].max() - arrival_s.min():.1f} s), "
         f"in {seconds:.1f} s.\nRequest by request, the median error is {each['ttft']:.1%} of TTFT, {each['tpot']:.1%} of TPOT, {each['e2e']:.1%} end to end"
     )
-    return {title: rows}, {f"real_run/{name}_mean": abs(error(outcome, real, name, "mean")) for name in ("tpot", "e2e", "ttft")}
+    return Shown({f"real_run/{name}_mean": abs(error(outcome, real, name, "mean")) for name in ("tpot", "e2e", "ttft")}, {title: rows})
 
 
 def serve(requests: list[Request], meta: dict, tables: LayerTables, prefix_caching: bool = True) -> Outcome:
@@ -128,7 +125,7 @@ def other_simulator(summary: str) -> dict[tuple[str, str], float]:
     return found
 
 
-def audit() -> tuple[Tables, Figures]:
+def audit() -> Shown:
     """Both faults of the BudgetDraft tables, by the rows that they are known to be in (../shared/facts/published.md)."""
     lines = BUDGETDRAFT.read_text().splitlines()
     faults = planner.audit(BUDGETDRAFT).faults
@@ -138,17 +135,4 @@ def audit() -> tuple[Tables, Figures]:
         by_kind.get("acceptance") == {line for line in lines if ",LWM,16384,2048," in line},
     ]
     rows = [{"fault": fault.what, "rows": len(fault.rows), "e.g.": fault.examples[0]} for fault in faults]
-    return {f"BudgetDraft's tables, {len(lines) - 1} rows": rows}, {"audit/budgetdraft_found": float(sum(found))}
-
-
-def main() -> None:
-    as_json = make_parser(__doc__).parse_args().json
-    tables, figures = {}, {}
-    for part in (real_run, audit):
-        found = part()
-        tables, figures = tables | found[0], figures | found[1]
-    report_tables(tables, figures, as_json)
-
-
-if __name__ == "__main__":
-    main()
+    return Shown({"audit/budgetdraft_found": float(sum(found))}, {f"BudgetDraft's tables, {len(lines) - 1} rows": rows})
