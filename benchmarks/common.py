@@ -5,24 +5,33 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
+
+SHARED = Path(os.environ.get("PLANNER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+class Shown(NamedTuple):
+    """What a part of a benchmark has to say."""
+
+    figures: dict[str, float]
+    tables: dict[str, list[dict]]  # by title; the rows of one have the same columns
 
 
 def texts() -> str:
     """The folder of real texts, $PLANNER_SHARED/texts or ../shared/texts; exits with the remedy if there is none."""
-    root = Path(os.environ.get("PLANNER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    if not (root / "texts").is_dir():
-        print(f"skipped: {root / 'texts'} does not exist; put .txt files there or set PLANNER_SHARED to the folder above them", file=sys.stderr)
+    if not (SHARED / "texts").is_dir():
+        print(f"skipped: {SHARED / 'texts'} does not exist; put .txt files there or set PLANNER_SHARED to the folder above them", file=sys.stderr)
         raise SystemExit(0)
-    return str(root / "texts")
+    return str(SHARED / "texts")
 
 
-def measured(name: str) -> Path:
-    """A file of measurements of others, $PLANNER_SHARED/measured/name or ../shared/measured/name; exits with the remedy if it is not there."""
-    path = Path(os.environ.get("PLANNER_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "measured" / name
-    if not path.is_file():
-        print(f"skipped: {path} does not exist; set PLANNER_SHARED to the folder that holds measured/", file=sys.stderr)
+def measured(name: str = "") -> Path:
+    """A file of measurements that others made of real devices, or their folder, as for the texts."""
+    path = SHARED / "measured" / name
+    if not path.exists():
+        print(f"skipped: {path} does not exist; put the tables there or set PLANNER_SHARED to the folder above them", file=sys.stderr)
         raise SystemExit(0)
     return path
 

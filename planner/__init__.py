@@ -1,7 +1,7 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
 The verbs are functions: profile, plan, schedule (a plan by load), estimate, estimate_served, capacity, check, canary, drift, tune,
-sweep, replay, generate, export, import_bench, and load_profile, load_plan for their files.
+sweep, replay, generate, export, import_bench, audit, and load_profile, load_plan for their files.
 """
 
 from importlib import import_module
@@ -27,6 +27,7 @@ _WHERE = {
     "tune": "planner.commands.tune",
     "AskedTune": "planner.commands.flags",
     "import_bench": "planner.commands.import_bench",
+    "audit": "planner.commands.audit",
     "load_profile": "planner.measurements",
     "save_profile": "planner.measurements",
     "load_any_profile": "planner.serving",

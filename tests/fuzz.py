@@ -40,6 +40,7 @@ from planner.datasets import expand
 from planner.engines.completions import Asked, Prompt, complete
 from planner.engines.http import Bounds, Client
 from planner.errors import PlannerError
+from planner.importers.layer_tables import read_layer_tables
 from planner.measurements import load_profile, save_profile
 from planner.plans import load_plan, save_plan
 from planner.profiler.texts import draw_prompts
@@ -225,6 +226,18 @@ def read_bench(path: Path) -> ServingProfile:
     return profile
 
 
+def write_layer_tables(folder: Path) -> Path:
+    """Of which the dense one is damaged."""
+    (folder / "attention.csv").write_text("prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1,16,9.5\n16,0,0,0,20\n")
+    (folder / "per_sequence.csv").write_text("layer,sequences,time_us\nlm_head,1,1000\n")
+    (folder / "dense.csv").write_text("layer,tokens,time_us\nqkv_proj,1,40.5\nqkv_proj,2,50\no_proj,1,30\no_proj,16,37.25\n")
+    return folder / "dense.csv"
+
+
+def read_layer_table(path: Path) -> object:
+    return read_layer_tables(path.parent)
+
+
 def read_schedule(path: Path) -> object:
     return planner.drift(path, once=(path.parent / "before", path.parent / "after"))
 
@@ -263,6 +276,8 @@ KINDS = {
     "tokenizer_config.json": Kind(in_folder("tokenizer_config.json"), run_tokenizer, "json"),
     "dataset": Kind(write_dataset, read_dataset, "lines"),
     "bench table": Kind(write_bench(table()), read_bench, "table"),
+    "claims": Kind(write_bench((Path(__file__).parent / "published/budgetdraft.csv").read_text()), planner.audit, "table"),
+    "layer table": Kind(write_layer_tables, read_layer_table, "table"),
     "vllm bench": Kind(write_bench("".join(json.dumps(vllm(max_concurrency=n)) + "\n" for n in (1, 8))), read_bench, "lines"),
     "sglang bench": Kind(write_bench("".join(json.dumps(sglang(max_concurrency=n)) + "\n" for n in (1, 8))), read_bench, "lines"),
     "metrics": Kind(write_bench(metrics()), read_bench, "bytes"),

@@ -10,7 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 SMALL = ("profile", "plan", "gguf", "safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "dataset")
-BENCHES = ("bench table", "vllm bench", "sglang bench", "metrics", "serving profile", "schedule", "scrapes")  # quick to read
+BENCHES = ("bench table", "claims", "layer table", "vllm bench", "sglang bench", "metrics", "serving profile", "schedule", "scrapes")  # quick to read
 SERVED = ("stream",)  # over a socket
 REAL = ("real profile", "real gguf")  # large files: a third of a second each
 

@@ -51,6 +51,7 @@ RULES = {
             "plans",
             "serving",
             "schedules",
+            "audits",
             "capacities",
             "exports",
             "drifts",

@@ -58,6 +58,38 @@ def bench(
     terminal.print_json(summary) if as_json else imports.show_import(summary, out)
 
 
+@imports.command()
+def audit(
+    table: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TABLE",
+            help="CSV of published claims (drafter, context_len, draft_len, and any of table, texts, kv_budget, temperature, batch, acceptance, "
+            "tokens_per_round, speedup, tokens_per_s, tpot_s, round_s, target, device), or a file that `import bench` reads.",
+        ),
+    ],
+    model: Annotated[str | None, typer.Option(help=f"The target, to bound a step by the reading of its weights: {SIZE}.")] = None,
+    draft_model: Annotated[list[str] | None, typer.Option(metavar="NAME=SPEC", help="The same of a drafter; repeat it.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The device of those bounds: h100_sxm and its like, or memory_gib=80,bandwidth_gb_s=3350.")
+    ] = None,
+    max_concurrency: Annotated[int | None, typer.Option(help="Requests in the system, for benchmark files that do not say it.")] = None,
+    isl: Annotated[int | None, typer.Option("--isl", help="Prompt tokens, likewise.")] = None,
+    osl: Annotated[int | None, typer.Option("--osl", help="Generated tokens, likewise.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which rows of a table cannot be true together. Exit 1 where any are found. Needs no torch."""
+    from planner.report import terminal
+    from planner.report.audit import show_audit
+
+    found = planner.audit(
+        table, model=model, draft_models=_named(draft_model or []), system=system, concurrency=max_concurrency, context_len=isl, output_len=osl
+    )
+    terminal.print_json(found) if as_json else show_audit(found)
+    if found.faults:
+        raise typer.Exit(1)
+
+
 def _named(texts: list[str]) -> dict[str, str]:
     """NAME=SPEC, where SPEC may hold = and commas."""
     found: dict[str, str] = {}

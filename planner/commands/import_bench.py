@@ -8,7 +8,7 @@ import planner
 from planner.commands.sizes import sized, system_spec
 from planner.errors import BadInput
 from planner.files import read_bytes
-from planner.importers.consistency import doubts
+from planner.importers.consistency import doubts, drafter_reads
 from planner.importers.contract import MAX_CELLS, Given, Imported, make_cell
 from planner.importers.recognise import read_any
 from planner.serving import OFF, DrafterSummary, ModelSize, ServedCell, ServingProfile, Summary, SystemSpec
@@ -70,9 +70,9 @@ def import_bench(
     for name, text in (draft_models or {}).items():
         sizes[name], own, _ = sized(text)
         notes = [*notes, *(f"{name}: {note}" for note in own)]
-    warnings = list(
-        dict.fromkeys([*notes, *(warning for one in found for warning in one.warnings), *doubts(cells), *_too_large(target, sizes, device, cells)])
-    )
+    said = [warning for one in found for warning in one.warnings]
+    judged = doubts(cells, drafter_reads(sizes, device, cells))
+    warnings = list(dict.fromkeys([*notes, *said, *judged, *_too_large(target, sizes, device, cells)]))
     if len(warnings) > MAX_WARNINGS:
         warnings = [*warnings[: MAX_WARNINGS - 1], f"{len(warnings) - MAX_WARNINGS + 1} more warnings are not kept"]
     profile = ServingProfile(

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
-from scipy.optimize import minimize
 
+from planner.cost.gaussian_process import fit_hyper
 from planner.cost.step_law import StepLaw
 
 STEP_SD = 0.015  # steps between the measured cells that no cell of a dozen shows
@@ -51,8 +51,8 @@ class StepTime:
         self._num_drafters = num_drafters
         self.law = StepLaw(cells, running, tokens_per_round, round_s, num_drafters)
         self._at = self._place(cells, running, tokens_per_round)
-        self._hyper = self._fit(self.law.residual)
-        self._factor = self._cholesky(self._hyper)
+        self._hyper = fit_hyper(self._covariance, self.law.residual, HYPER)
+        self._factor = cholesky(self._covariance(self._hyper), lower=True)
         self._weights = cho_solve((self._factor, True), self.law.residual)
         self._widen = self._calibration()
 
@@ -103,24 +103,9 @@ class StepTime:
         terms = hyper["term"] ** 2 * np.einsum("fn,fn->n", a.terms, b.terms)
         return terms + (hyper["shared"] ** 2 + hyper["own"] ** 2 * same) * np.exp(-0.5 * far)
 
-    def _fit(self, residual: np.ndarray) -> dict:
-        """The hyperparameters that the residuals make likeliest, near where engines usually are."""
-        centre = np.log([median for median, _ in HYPER.values()])
-        spread = np.array([sd for _, sd in HYPER.values()])
-
-        def cost(logs: np.ndarray) -> float:
-            try:
-                factor = self._cholesky(dict(zip(HYPER, np.exp(logs), strict=True)))
-            except np.linalg.LinAlgError:
-                return 1e10
-            white = solve_triangular(factor, residual, lower=True)
-            return float(0.5 * white @ white + np.log(np.diag(factor)).sum() + 0.5 * np.square((logs - centre) / spread).sum())
-
-        found = minimize(cost, centre, method="L-BFGS-B", bounds=list(zip(centre - 3 * spread, centre + 3 * spread, strict=True)))
-        return dict(zip(HYPER, np.exp(found.x), strict=True))
-
-    def _cholesky(self, hyper: dict) -> np.ndarray:
-        return cholesky(self._kernel(self._at, self._at, hyper) + hyper["noise"] ** 2 * np.eye(len(self._at.running)), lower=True)
+    def _covariance(self, hyper: dict) -> np.ndarray:
+        """[m, m] of the measured cells."""
+        return self._kernel(self._at, self._at, hyper) + hyper["noise"] ** 2 * np.eye(len(self._at.running))
 
     def _calibration(self) -> float:
         """How much wider intervals must be than the process says, by cells predicted from all others: law and correction fitted without them."""

@@ -96,7 +96,7 @@ def _position(column: str) -> int | None:
 
 def _cell(values: dict[str, str], positions: list[str], name: str, line: int, given: Given) -> ServedCell:
     place = f"{name}, line {line}"
-    numbers = {column: _number(values[column], column, place) for column in values if column != "drafter"}
+    numbers = {column: read_number(values[column], column, place, whole=column in WHOLE) for column in values if column != "drafter"}
     drafter = values["drafter"] or OFF
     if drafter.lower() == "off":
         raise BadInput(f"{place}, column drafter must be empty where no drafter is loaded, got {shown(drafter)}")
@@ -123,13 +123,14 @@ def _cell(values: dict[str, str], positions: list[str], name: str, line: int, gi
     )  # fmt: skip
 
 
-def _number(text: str, column: str, place: str) -> float | int | None:
+def read_number(text: str, column: str, place: str, *, whole: bool) -> float | int | None:
+    """The number of a field, None of an empty one; BadInput names the column."""
     if not text:
         return None
     value = float(text) if len(text) < 400 and NUMBER.fullmatch(text) else math.nan
     if not math.isfinite(value):
         raise BadInput(f"{place}, column {column} must be a finite number with a decimal point, got {shown(text)}; leave it empty where unknown")
-    if column not in WHOLE:
+    if not whole:
         return value
     if not value.is_integer():
         raise BadInput(f"{place}, column {column} must be a whole number, got {shown(text)}")
