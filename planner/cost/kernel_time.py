@@ -4,7 +4,7 @@
                  that the rows leave open is weighed by how well the law then fits
     correction   a Gaussian process on the logarithm, over doublings of the sizes; the terms' own doubt is part of it
     outliers     rows that all others say are wrong: left out and named
-    next_row     which row to time next, by what the rows so far leave unsure; never by a time that is not known yet
+    next_rows    which rows to time next, by what the rows so far leave unsure; never by a time that is not known yet
 
 n  rows asked for      m  rows measured      D  sizes of a row      F  terms
 """
@@ -22,7 +22,7 @@ ROBUST_ROUNDS, ROBUST_SD = 3, 0.03  # of reweighting; residuals within twice so 
 CLIFF_PRICE = 4.0  # what a memory's size must gain in log likelihood before it counts as much as none
 LEAST_LIKELY = 0.05  # of the likeliest: less is not looked at
 CLIFF_SD, CLIFF_CAP = 0.02, 0.3  # spread that even a right law leaves, and the residual from where on a row says no more
-OUTLYING, OUTLYING_SD = np.log(1.5), 4.0  # an outlier misses by more than both
+OUTLYING, OUTLYING_SD = np.log(1.5), 4.0  # an outlier misses by more than both, and half the first even where the law knows it
 FLOOR_NORM, LEAST_ALONE = 6.0, 0.3  # exponent that joins the floor and the terms; a row on the floor bounds the terms to a share of it
 MOST_OUTLIERS = 0.1  # of the rows
 LEAST_SD = 0.01  # of a repeated measurement
@@ -145,8 +145,9 @@ class KernelTime:
         while True:
             self._fit()
             missed, sd = self._left_out()
-            worst = int(np.argmax(np.abs(missed)))
-            if self.outliers.sum() >= MOST_OUTLIERS * len(rows) or abs(missed[worst]) < max(OUTLYING, OUTLYING_SD * sd[worst]):
+            suspect = np.where(np.abs(self._residual) > OUTLYING / 2, np.abs(missed), 0.0)  # a corner of the rows is far off only if left out
+            worst = int(np.argmax(suspect))
+            if self.outliers.sum() >= MOST_OUTLIERS * len(rows) or suspect[worst] < max(OUTLYING, OUTLYING_SD * sd[worst]):
                 break
             self.outliers[np.flatnonzero(~self.outliers)[worst]] = True
         squares = np.minimum(np.square(missed / sd), WORST_MISS**2)

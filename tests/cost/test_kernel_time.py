@@ -69,6 +69,12 @@ def test_a_wrong_row_is_named_and_does_not_move_the_others(factor):
     assert missed(model, ROWS[rest], made(ROWS[rest])).mean() < missed(clean, ROWS[rest], made(ROWS[rest])).mean() + 0.01
 
 
+def test_a_corner_that_the_others_do_not_predict_is_no_outlier():
+    rows = np.array([(1, 0), (1, 512), (8000, 0), (8000, 512), (4000, 256), (8000, 256), (1, 256), (4000, 0)], float)
+    seconds = np.maximum(35e-3, 15e-3 + 80e-6 * rows[:, 1] + 4e-6 * rows[:, 0] + 4.6e-9 * rows.prod(1))
+    assert not KernelTime(tree_verification(), rows, seconds).outliers.any()
+
+
 def test_a_timed_row_is_known_better_than_one_far_from_all():
     near = ROWS[(ROWS[:, 0] <= 8) & (ROWS[:, 1] <= 256)]
     model = KernelTime(ATTENTION, near, made(near, sd=0.02))
