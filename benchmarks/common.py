@@ -18,6 +18,15 @@ def texts() -> str:
     return str(root / "texts")
 
 
+def measured(name: str) -> Path:
+    """A file of measurements of others, $PLANNER_SHARED/measured/name or ../shared/measured/name; exits with the remedy if it is not there."""
+    path = Path(os.environ.get("PLANNER_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "measured" / name
+    if not path.is_file():
+        print(f"skipped: {path} does not exist; set PLANNER_SHARED to the folder that holds measured/", file=sys.stderr)
+        raise SystemExit(0)
+    return path
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flag that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

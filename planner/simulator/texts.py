@@ -1,0 +1,93 @@
+"""What drafts would be accepted along every request's text, drawn before anything runs.
+
+A text is easy or hard as a whole: its level z is normal, and draft i (from 0) of a round is accepted with probability
+expit(base_i + spread z), given that those before it were. base_i is solved for so that tokens over rounds, all requests
+together as an engine counts them, is what was asked for at every draft_len. Hard texts have more rounds, so that is the
+harmonic mean of the requests' own tokens per round where they generate alike.
+
+Draws belong to a request and a position of its text, not to a round: a run that drafts more, less or nothing, in whatever
+order, meets the same texts.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit, ndtri
+
+from planner.errors import BadInput
+
+LEVELS = ndtri((np.arange(256) + 0.5) / 256)  # of equal weight; stand for a normal distribution
+SURE = 40.0  # logit of what always happens
+MAX_TOKENS = 2**28  # of all requests together
+
+
+class Texts(NamedTuple):
+    start: np.ndarray  # [requests] where each request's text begins in `accepted`
+    accepted: np.ndarray  # [tokens + 1] how many drafts a round that starts there would accept, up to the longest draft_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """Of one drafter."""
+
+    tokens_per_round: tuple[tuple[float, ...], ...]  # [context][K - 1], of draft_len K = 1, 2, ...: tokens over rounds
+    contexts: tuple[int, ...] = (1,)  # ascending; between them logits are interpolated in the logarithm, beyond them they stay
+    spread: float = 0.5  # standard deviation between texts, of the logit of acceptance; 0: all alike
+
+    def __post_init__(self):
+        rows = self.tokens_per_round
+        if not rows or len(rows) != len(self.contexts) or len({len(row) for row in rows}) != 1 or not 1 <= len(rows[0]) <= 255:
+            raise BadInput(f"tokens per round need one row per context ({len(self.contexts)}), each of the same 1 to 255 draft lengths, got {rows}")
+        if any(a >= b for a, b in zip((0, *self.contexts), self.contexts, strict=False)):
+            raise BadInput(f"contexts must ascend from 1, got {self.contexts}")
+        if not (0 <= self.spread <= 5):
+            raise BadInput(f"the spread of acceptance between texts must lie in [0, 5], got {self.spread}")
+        _ = self._bases  # refuses what no drafter can do
+
+    @property
+    def max_draft_len(self) -> int:
+        return len(self.tokens_per_round[0])
+
+    def draw(self, input_len: np.ndarray, output_len: np.ndarray, draft_len: int, seed: int) -> Texts:
+        """The texts of requests, with rounds of up to draft_len drafts each."""
+        if draft_len > self.max_draft_len:
+            raise BadInput(f"acceptance is known up to a draft_len of {self.max_draft_len}, got {draft_len}")
+        start = np.concatenate([[0], np.cumsum(output_len)])
+        if start[-1] > MAX_TOKENS:
+            raise BadInput(f"all requests together generate at most {MAX_TOKENS} tokens, got {start[-1]}; take a part of the trace")
+        level = self.spread * np.random.default_rng([seed, 0]).standard_normal(len(output_len))
+        chance = np.random.default_rng([seed, 1]).random(start[-1] + draft_len, dtype=np.float32)
+        accepted, alive = np.zeros(start[-1] + 1, dtype=np.uint8), np.ones(start[-1], dtype=bool)
+        log_contexts = np.log(self.contexts)
+        for i in range(draft_len):
+            base = np.interp(np.log(input_len), log_contexts, self._bases[:, i])
+            alive &= chance[i : i + start[-1]] < np.repeat(expit(base + level).astype(np.float32), output_len)
+            accepted[:-1] += alive
+        return Texts(start[:-1], accepted)
+
+    @cached_property
+    def _bases(self) -> np.ndarray:
+        """[context, draft] logits at level 0."""
+        return np.array([self._solve(row, context) for row, context in zip(self.tokens_per_round, self.contexts, strict=True)])
+
+    def _solve(self, asked: tuple[float, ...], context: int) -> list[float]:
+        rounds_of, alive, bases = np.ones_like(LEVELS), np.ones_like(LEVELS), []  # rounds_of: tokens per round by level
+        for draft_len, tokens in enumerate(asked, 1):
+
+            def excess(base: float) -> float:
+                return 1 / np.mean(1 / (rounds_of + alive * expit(base + self.spread * LEVELS))) - tokens  # noqa: B023 - called before it changes
+
+            least, most = tokens + excess(-SURE), tokens + excess(SURE)
+            if not (least - 1e-9 <= tokens <= most + 1e-9):
+                raise BadInput(
+                    f"at draft_len {draft_len} and context {context}, tokens per round must lie in [{least:.4g}, {most:.4g}], "
+                    f"as those of shorter drafts are, got {tokens:.4g}"
+                )
+            base = -SURE if excess(-SURE) >= 0 else SURE if excess(SURE) <= 0 else brentq(excess, -SURE, SURE, xtol=1e-12)
+            bases.append(base)
+            alive = alive * expit(base + self.spread * LEVELS)
+            rounds_of = rounds_of + alive
+        return bases
