@@ -25,8 +25,9 @@ from typing import NamedTuple
 
 from planner.serving import ModelSize, SystemSpec
 
-
-PREFILL_ATTENTION = 0.6  # of the peak, for attention of a prompt, whose tiles are full: 0.56 on A100, 0.72 on H100 (aiconfigurator, 16,384 tokens, 32/8 heads)
+PREFILL_ATTENTION = (
+    0.6  # of the peak, for attention of a prompt, whose tiles are full: 0.56 on A100, 0.72 on H100 (aiconfigurator, 16,384 tokens, 32/8 heads)
+)
 
 
 class Efficiency(NamedTuple):

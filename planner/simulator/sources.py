@@ -78,8 +78,10 @@ class ProfileSource:
         self.drafters, self.max_draft_len, self.contexts, self.max_batch = model.drafters, model.max_draft_len, model.contexts, None
         measured = max(model.max_concurrency.values())
         self.notes = [
-            f"rounds were measured up to a concurrency of {measured} and contexts {self.contexts[0]}..{self.contexts[-1]}: beyond them "
-            "they follow the fitted law"
+            (
+                f"rounds were measured up to a concurrency of {measured} and contexts {self.contexts[0]}..{self.contexts[-1]}: beyond them "
+                "they follow the fitted law"
+            )
         ]
         if unsized := [name for name in self.drafters[1:] if name not in profile.drafters]:
             self.notes.append(f"the size of {', '.join(unsized)} is not known: it takes no memory, and no time for prompts")
@@ -106,14 +108,18 @@ class ProfileSource:
         """From the time to the first token of single requests without a drafter, where no other's prompt is in the way."""
         alone = [cell for cell in self._cells if cell.concurrency == 1 and cell.ttft_s is not None and cell.drafter == OFF]
         if not alone:
-            self.notes.append("no time to the first token of a single request was measured: prompts take what a roofline says; measure it, or give --prefill-rate")
+            self.notes.append(
+                "no time to the first token of a single request was measured: prompts take what a roofline says; measure it, or give --prefill-rate"
+            )
             return None
         length, ttft_s = np.array([cell.context_len for cell in alone], dtype=float), np.array([cell.ttft_s for cell in alone])
-        terms = np.stack([np.ones_like(length), length, length * (length + 1) / 2], axis=1)
-        first_s, token_s, pair_s = nnls(terms / ttft_s[:, None], np.ones(len(alone)))[0]
+        known = len(set(length))  # as many terms: what a token takes first, what a pair takes, what does not depend on the prompt
+        terms = np.stack([length, length * (length + 1) / 2, np.ones_like(length)], axis=1)[:, :known] / ttft_s[:, None]
+        scale = terms.max(0)
+        token_s, pair_s, first_s = np.pad(nnls(terms / scale, np.ones(len(alone)))[0] / scale, (0, 3 - len(scale)))
         self.notes.append(
             f"prompts take {1e6 * token_s:.3g} us a token and {1e12 * pair_s:.3g} ps a pair of query and key, from the time to the first token of "
-            f"{len(alone)} runs of single requests; the {1e3 * first_s:.3g} ms of it that do not depend on the prompt are left out"
+            f"{len(alone)} runs of single requests" + f"; {1e3 * first_s:.3g} ms of it that do not depend on the prompt are left out" * bool(first_s > 0)
         )
         if token_s + pair_s == 0:
             raise BadInput("the time to the first token does not grow with the prompt in this profile; give --prefill-rate")
@@ -139,8 +145,10 @@ class ScheduleSource:
         self._output_len = schedule.output_len
         self.max_batch = schedule.concurrency_to
         self.notes = [
-            f"rounds are those of the schedule, contexts {self.contexts[0]}..{self.contexts[-1]}, with the prompts of others that were read in them: "
-            "a simulation from its profile tells the two apart"
+            (
+                f"rounds are those of the schedule, contexts {self.contexts[0]}..{self.contexts[-1]}, with the prompts of others that were read in them: "
+                "a simulation from its profile tells the two apart"
+            )
         ]
 
     def rounds(self, drafter: str, draft_len: int, running: np.ndarray, held: np.ndarray) -> np.ndarray:
@@ -152,7 +160,9 @@ class ScheduleSource:
         found = []
         for draft_len in draft_lens:
             curves = self._curve(drafter, draft_len)
-            found.append(float(np.interp(context_len, [curve.context_len for curve in curves], [np.mean(curve.tokens_per_round) for curve in curves])))
+            found.append(
+                float(np.interp(context_len, [curve.context_len for curve in curves], [np.mean(curve.tokens_per_round) for curve in curves]))
+            )
         return found
 
     def prefill(self, drafter: str) -> Prefill | None:
@@ -222,9 +232,9 @@ def feasible(tokens: list[float]) -> list[float]:
     return (1 + np.cumsum(gains)).tolist()
 
 
-def pass_s(source: Source, drafter: str) -> float:
-    """The least a pass takes: a step of one short request without drafting."""
-    return float(source.rounds(drafter, 0, np.array([1]), np.array([float(SHORT)]))[0])
+def pass_s(source: Source) -> float:
+    """The least a pass takes: a step of one short request without a drafter."""
+    return float(source.rounds(OFF, 0, np.array([1]), np.array([float(SHORT)]))[0])
 
 
 def _constant_acceptance(tokens: float, draft_len: int) -> float:
