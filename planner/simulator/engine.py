@@ -175,9 +175,7 @@ def simulate(requests: Many[Request], server: Server, *, seed: int = 0, max_jump
         np.array([getattr(request, name) for request in requests]) for name in ("arrival_s", "input_len", "output_len")
     )
     draft_len = server.policy.max_draft_len
-    texts = Texts(np.zeros(n, dtype=np.int64), np.zeros(1, dtype=np.uint8))
-    if draft_len:
-        texts = server.acceptance.draw(input_len, output_len, draft_len, seed)
+    texts = server.acceptance.draw(input_len, output_len, draft_len, seed) if draft_len else None
     record = Record(n)
     replicas = [Replica(server, texts, record, max_jump) for _ in range(server.replicas)]
     rejected, placed = np.zeros(n, dtype=bool), np.zeros(n, dtype=int)
@@ -194,7 +192,7 @@ def simulate(requests: Many[Request], server: Server, *, seed: int = 0, max_jump
         else:
             chosen, turn = turn, (turn + 1) % server.replicas
         placed[i] = chosen
-        replicas[chosen].push(at, Sequence(int(i), request.input_len, request.output_len, request.blocks, int(texts.start[i])))
+        replicas[chosen].push(at, Sequence(int(i), request.input_len, request.output_len, request.blocks, int(texts.start[i]) if texts else 0))
     for replica in replicas:
         replica.advance(np.inf)
     series = Series(*(np.concatenate(column) for column in zip(*(replica.series(r) for r, replica in enumerate(replicas)), strict=True)))
@@ -216,7 +214,7 @@ class Record:
 class Replica:
     """One engine with its clock."""
 
-    def __init__(self, server: Server, texts: Texts, record: Record, max_jump: int = MAX_JUMP):
+    def __init__(self, server: Server, texts: Texts | None, record: Record, max_jump: int = MAX_JUMP):
         self.scheduler = Scheduler(server.room, server.batching)
         self.clock_s = 0.0
         self._cost, self._policy, self._texts, self._record, self._max_jump = server.cost, server.policy, texts, record, max_jump
@@ -284,19 +282,18 @@ class Replica:
         if draft_len == 0 or n == 0:
             steps = min(steps, int((goal - length).min())) if n else 1
             return length + np.arange(steps + 1)[:, None]
-        text, accepted = decoding.text[:n], self._texts.accepted
-        lengths = np.empty((steps + 1, n), dtype=np.int64)
-        lengths[0] = length
-        for step in range(1, steps + 1):
-            gained = accepted[lengths[step - 1] + text]
-            np.minimum(gained, draft_len, out=gained)
-            row = lengths[step]
-            np.add(lengths[step - 1], gained, out=row)
-            row += 1
-            if (row >= goal).any():
-                np.minimum(row, goal, out=row)
-                return lengths[: step + 1]
-        return lengths
+        text, accepted, walk = decoding.text[:n], self._texts.accepted, self._texts.walk(draft_len)
+        end, rows = goal + text, [length + text]
+        while len(rows) <= steps:
+            index = walk.index[rows[-1]]
+            if index.min() >= 0:
+                more = min(steps + 1 - len(rows), int((walk.last[decoding.index[:n]] - index).min()))
+                rows += [*walk.places[index + np.arange(1, more + 1)[:, None]]]
+                break
+            rows.append(np.minimum(rows[-1] + 1 + np.minimum(accepted[rows[-1]], draft_len), end))
+            if (rows[-1] == end).any():
+                break
+        return np.array(rows) - text
 
     def _ends(self, plan, lengths: np.ndarray, draft_len: int) -> np.ndarray:
         """[steps] when each ends."""

@@ -24,9 +24,45 @@ SURE = 40.0  # logit of what always happens
 MAX_TOKENS = 2**28  # of all requests together
 
 
-class Texts(NamedTuple):
-    start: np.ndarray  # [requests] where each request's text begins in `accepted`
-    accepted: np.ndarray  # [tokens + 1] how many drafts a round that starts there would accept, up to the longest draft_len
+class Walk(NamedTuple):
+    """Rounds of one draft_len along all texts, each from behind its first token to its end.
+
+    A place is one among the tokens of all texts, where a round starts.
+    """
+
+    places: np.ndarray  # [rounds + requests] text by text; the last of a text is its end
+    index: np.ndarray  # [tokens + 1] where a place stands in `places`; -1: the walk passes over it
+    last: np.ndarray  # [requests] where a text's end stands in `places`
+
+
+class Texts:
+    """The outputs of all requests, one behind the other."""
+
+    def __init__(self, output_len: np.ndarray, accepted: np.ndarray):
+        """accepted [tokens + 1]: how many drafts a round that starts there would accept, up to the longest draft_len"""
+        self.start = np.cumsum(output_len) - output_len  # [requests]
+        self.accepted = accepted
+        self._output_len, self._walks = output_len, {}
+
+    def walk(self, draft_len: int) -> Walk:
+        if draft_len not in self._walks:
+            self._walks[draft_len] = self._all_rounds(draft_len)
+        return self._walks[draft_len]
+
+    def _all_rounds(self, draft_len: int) -> Walk:
+        end = self.start + self._output_len
+        text, place = np.arange(len(end)), self.start + 1
+        texts, places = [text], [place]
+        while len(text := text[(going := place < end[text])]):
+            place = place[going]
+            place = np.minimum(place + 1 + np.minimum(self.accepted[place], draft_len), end[text])
+            texts.append(text)
+            places.append(place)
+        order = np.argsort(np.concatenate(texts), kind="stable")
+        walked = np.concatenate(places)[order]
+        index = np.full(len(self.accepted), -1)
+        index[walked] = np.arange(len(walked))
+        return Walk(walked, index, np.cumsum(np.bincount(np.concatenate(texts), minlength=len(end))) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +91,18 @@ class Acceptance:
         """The texts of requests, with rounds of up to draft_len drafts each."""
         if draft_len > self.max_draft_len:
             raise BadInput(f"acceptance is known up to a draft_len of {self.max_draft_len}, got {draft_len}")
-        start = np.concatenate([[0], np.cumsum(output_len)])
-        if start[-1] > MAX_TOKENS:
-            raise BadInput(f"all requests together generate at most {MAX_TOKENS} tokens, got {start[-1]}; take a part of the trace")
+        total = int(np.sum(output_len))
+        if total > MAX_TOKENS:
+            raise BadInput(f"all requests together generate at most {MAX_TOKENS} tokens, got {total}; take a part of the trace")
         level = self.spread * np.random.default_rng([seed, 0]).standard_normal(len(output_len))
-        chance = np.random.default_rng([seed, 1]).random(start[-1] + draft_len, dtype=np.float32)
-        accepted, alive = np.zeros(start[-1] + 1, dtype=np.uint8), np.ones(start[-1], dtype=bool)
+        chance = np.random.default_rng([seed, 1]).random(total + draft_len, dtype=np.float32)
+        accepted, alive = np.zeros(total + 1, dtype=np.uint8), np.ones(total, dtype=bool)
         log_contexts = np.log(self.contexts)
         for i in range(draft_len):
             base = np.interp(np.log(input_len), log_contexts, self._bases[:, i])
-            alive &= chance[i : i + start[-1]] < np.repeat(expit(base + level).astype(np.float32), output_len)
+            alive &= chance[i : i + total] < np.repeat(expit(base + level).astype(np.float32), output_len)
             accepted[:-1] += alive
-        return Texts(start[:-1], accepted)
+        return Texts(output_len, accepted)
 
     @cached_property
     def _bases(self) -> np.ndarray:
