@@ -38,7 +38,7 @@ def simulate(
     drafter: Annotated[str | None, typer.Option(help="Whose schedule to run; default: the best deployment's.")] = None,
     goodput: Annotated[
         list[str] | None,
-        typer.Option(metavar="LIMIT...", help="Limits in ms: tpot:50 ttft:500; repeat it for several. The schedule is made for the first."),
+        typer.Option(metavar="LIMIT...", help="Limits in ms: tpot:50 ttft:500; repeat it for several."),
     ] = None,
     replicas: Annotated[int, typer.Option(help="Engines behind the router.")] = 1,
     router: Annotated[str, typer.Option(help="round_robin, or least_loaded (fewest requests).")] = "round_robin",

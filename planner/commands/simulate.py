@@ -53,7 +53,7 @@ def simulate(path: str | Path, asked: AskedSimulation, *, limits: Sequence[Limit
     began = time.perf_counter()
     _check(asked)
     requests, load = find_requests(asked, seed)
-    opened = open_arms(path, asked, requests, limits[0] if limits else None)
+    opened = open_arms(path, asked, requests)
     bench = Bench(opened, asked, requests, seed)
     seqs, batched = (
         values[0] if values else usual for values, usual in zip((asked.max_num_seqs, asked.max_num_batched_tokens), bench.usual, strict=True)

@@ -15,7 +15,7 @@ from planner.errors import BadInput
 from planner.files import read_bytes
 from planner.measurements import kind_of
 from planner.plans import load_plan
-from planner.schedules import Deployment, Limits, Schedule, ScheduleRow, load_schedule
+from planner.schedules import Deployment, Schedule, ScheduleRow, load_schedule
 from planner.serving import OFF, load_serving_profile
 from planner.simulations import Step
 from planner.simulator.engine import Policy
@@ -47,7 +47,7 @@ class Opened(NamedTuple):
     notes: list[str]
 
 
-def open_arms(path: str | Path, asked: AskedSimulation, requests: Sequence[Request], limits: Limits | None) -> Opened:
+def open_arms(path: str | Path, asked: AskedSimulation, requests: Sequence[Request]) -> Opened:
     """The engine that a file describes, and the settings to run on it."""
     kind = kind_of(read_bytes(path, "profile, schedule or plan"))
     if kind is None:  # a plan, or a profile of the own runtime
@@ -67,10 +67,8 @@ def open_arms(path: str | Path, asked: AskedSimulation, requests: Sequence[Reque
         profile = load_serving_profile(path)
         cells = [cell for cell in profile.cells if asked.tensor_parallel in (None, cell.tensor_parallel)]
         source = ProfileSource(profile, fit_serving(profile, asked.tensor_parallel), cells)
-        schedule = make_schedule(
-            path, tensor_parallel=asked.tensor_parallel, output_len=asked.output_len or max(2, round(sum(r.output_len for r in requests) / len(requests))),
-            objective="goodput" if limits else "throughput", goodput=limits or Limits(),
-        )  # fmt: skip
+        output_len = asked.output_len or max(2, round(sum(request.output_len for request in requests) / len(requests)))
+        schedule = make_schedule(path, tensor_parallel=asked.tensor_parallel, output_len=output_len)
     else:
         raise BadInput(f"planner simulate takes a serving profile, a schedule or a plan, {path} is a {kind}")
     deployment = _deployment(schedule, asked.drafter)

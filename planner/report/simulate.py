@@ -43,7 +43,7 @@ def show_simulation(simulation: Simulation, path: str | Path | None) -> None:
         put_title(console, "Changed against off, the same requests at the same moments, %")
         show_table(console, keys, _changes(simulation), simulation.arms[1:])
     put_title(console, "The server")
-    show_table(console, keys, _server(simulation), simulation.arms)
+    show_table(console, keys, _server(), simulation.arms)
     lines = [(f"{clean(arm.name)}", describe_steps(arm.steps)) for arm in simulation.arms if len(arm.steps) > 1]
     put_lines(console, lines)
     if any(arm.kv.series for arm in simulation.arms):
@@ -112,13 +112,9 @@ def _changes(simulation: Simulation) -> list[list[Column]]:
     return [*groups, [Column("tokens/s", lambda arm: _percent(arm.against_off.output_tokens_per_s))]]
 
 
-def _server(simulation: Simulation) -> list[list[Column]]:
+def _server() -> list[list[Column]]:
     return [
         [Column("output\ntokens/s", lambda arm: format_interval(arm.output_tokens_per_s))],
-        *(
-            [Column(f"goodput, requests/s\n{_limits(limits)}", lambda arm, i=i: format_interval(arm.goodput[i].requests_per_s))]
-            for i, limits in enumerate(simulation.limits)
-        ),
         [Column("busy %", lambda arm: f"{100 * arm.busy.mean:.0f}"), Column("decoding\nat once", lambda arm: format_number(arm.running))],
         [
             Column("KV tokens", lambda arm: f"{arm.kv_tokens:,}"),

@@ -15,6 +15,7 @@ from planner.serving import OFF, ModelSize, ServedCell, ServingProfile, SystemSp
 from planner.simulator.costs import Prefill
 
 SHORT = 64  # tokens of a request that hardly reads a cache
+SIZELESS = ("self_sparse", "ngram", "suffix")  # drafters that load nothing and read no prompt of their own
 USUAL_SPREAD = 0.5  # of acceptance between texts, a logit
 
 
@@ -83,7 +84,7 @@ class ProfileSource:
                 "they follow the fitted law"
             )
         ]
-        if unsized := [name for name in self.drafters[1:] if name not in profile.drafters]:
+        if unsized := [name for name in self.drafters[1:] if name not in profile.drafters and name not in SIZELESS]:
             self.notes.append(f"the size of {', '.join(unsized)} is not known: it takes no memory, and no time for prompts")
         if not model.off_measured:
             self.notes.append("off was not measured: it is taken from the cells that draft; measure it without a drafter")
@@ -119,7 +120,9 @@ class ProfileSource:
         token_s, pair_s, first_s = np.pad(nnls(terms / scale, np.ones(len(alone)))[0] / scale, (0, 3 - len(scale)))
         self.notes.append(
             f"prompts take {1e6 * token_s:.3g} us a token and {1e12 * pair_s:.3g} ps a pair of query and key, from the time to the first token of "
-            f"{len(alone)} runs of single requests" + f"; {1e3 * first_s:.3g} ms of it that do not depend on the prompt are left out" * bool(first_s > 0)
+            f"{len(alone)} runs of single requests"
+            + f"; {1e3 * first_s:.3g} ms of it that do not depend on the prompt are left out"
+            * bool(first_s > 0)
         )
         if token_s + pair_s == 0:
             raise BadInput("the time to the first token does not grow with the prompt in this profile; give --prefill-rate")
