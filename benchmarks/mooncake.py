@@ -24,8 +24,8 @@ from planner.serving import OFF, ModelSize, ServedCell, ServingProfile, SystemSp
 from planner.systems import SYSTEMS
 
 ALPHA = {4096: 0.84, 8192: 0.83, 16384: 0.82, 32768: 0.81, 65536: 0.79, 102400: 0.79}  # per token, budget 512 (MagicDec)
-BUDGET, OUTPUT = 512, 343  # tokens; the trace's mean output
-CONTEXTS, CONCURRENCIES, DRAFT_LENS = (1024, 4096, 16384, 65536), (1, 4, 16, 64, 256), (1, 2, 3, 5)
+DRAFTER, BUDGET, OUTPUT = "self_sparse", 512, 343  # tokens; the trace's mean output
+CONTEXTS, CONCURRENCIES, DRAFT_LENS = (2048, 8192, 16384, 32768, 65536), (1, 4, 16, 64, 256), (1, 2, 3, 5)
 LLAMA_8B = ModelSize(
     name="Llama-3.1-8B", num_layers=32, num_kv_heads=8, head_dim=128, num_heads=32, weights_bytes=16_060_522_496, hidden_size=4096,
     intermediate_size=14336, vocab_size=128256, max_context_len=131072,
@@ -43,7 +43,7 @@ def profile() -> ServingProfile:
     cells = []
     for context in CONTEXTS:
         accept = float(np.interp(np.log(context), np.log(list(ALPHA)), list(ALPHA.values())))
-        for k in (0, *DRAFT_LENS):
+        for drafter, k in ((OFF, 0), *((DRAFTER, k) for k in (0, *DRAFT_LENS))):  # idle it is off: it loads nothing
             tokens = sum(accept**i for i in range(k + 1))
             for concurrency in CONCURRENCIES:
                 room = request_capacity(LLAMA_8B, None, system, tensor_parallel=1, context_len=context, output_len=OUTPUT, draft_len=k)
@@ -51,7 +51,7 @@ def profile() -> ServingProfile:
                 took = round_s(LLAMA_8B, None, system, Load(running, context + OUTPUT / 2), LIKELY, draft_len=k, kv_budget=BUDGET)
                 cells.append(
                     ServedCell(
-                        drafter="self_sparse" if k else OFF, draft_len=k, concurrency=concurrency, context_len=context, output_len=OUTPUT,
+                        drafter=drafter, draft_len=k, concurrency=concurrency, context_len=context, output_len=OUTPUT,
                         tpot_s=took / tokens, itl_s=took, output_tokens_per_s=running * tokens / took, tokens_per_round=tokens if k else None,
                         acceptance=[accept] * k, source="roofline and MagicDec's acceptance",
                     )

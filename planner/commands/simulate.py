@@ -10,7 +10,7 @@ from functools import partial
 from hashlib import sha256 as sha256_of
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import planner
 from planner.commands.flags import AskedSimulation
@@ -20,13 +20,13 @@ from planner.commands.simulate_load import find_requests
 from planner.errors import BadInput
 from planner.measurements import fingerprint
 from planner.schedules import Limits
-from planner.serving import OFF
 from planner.simulations import Arm, Simulation, Studied, Tried
 from planner.simulations import Server as ServerInfo
 from planner.simulator.costs import Prefill, tabulate
-from planner.simulator.engine import Outcome, Server
+from planner.simulator.engine import Outcome, Router, Server
 from planner.simulator.engine import simulate as serve
-from planner.simulator.figures import Drawn, kept, report_arm
+from planner.simulator.figures import overloaded, report_arm
+from planner.simulator.metrics import keeps
 from planner.simulator.scheduler import Batching, KVRoom
 from planner.simulator.sources import USUAL_SPREAD, PlanSource, feasible, pass_s
 from planner.simulator.texts import Acceptance
@@ -34,7 +34,7 @@ from planner.simulator.workload import Request
 
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, BLOCK_TOKENS = 256, 8192, 16  # vLLM's on a large GPU
 STUDY = "planner simulate"  # its name in a storage
-MAX_WORKERS = 64
+MAX_WORKERS, MAX_REPLICAS = 64, 4096
 
 
 class Configuration(NamedTuple):
@@ -58,12 +58,11 @@ def simulate(path: str | Path, asked: AskedSimulation, *, limits: Sequence[Limit
     seqs, batched = (
         values[0] if values else usual for values, usual in zip((asked.max_num_seqs, asked.max_num_batched_tokens), bench.usual, strict=True)
     )
-    progress.stage("simulate", len(opened.settings))
     servers = [bench.server(setting, seqs, batched) for setting in opened.settings]
+    progress.stage("settings", len(servers))
     outcomes = _each(partial(_run, requests, seed), servers, asked.workers, progress)
-    drawn = Drawn(outcomes[0].arrival_s, seed)
     arms = [
-        report_arm(setting.name, setting.drafter, setting.steps, server, outcome, limits, drawn, outcomes[0] if i else None)
+        report_arm(setting.name, setting.drafter, setting.steps, server, outcome, limits, outcomes[0] if i else None, seed)
         for i, (setting, server, outcome) in enumerate(zip(opened.settings, servers, outcomes, strict=True))
     ]
     study = None if asked.num_trials is None else _studied(bench, fingerprint(path), limits, seed, progress)
@@ -74,7 +73,7 @@ def simulate(path: str | Path, asked: AskedSimulation, *, limits: Sequence[Limit
             model=source.model, system=source.system, replicas=asked.replicas, router=asked.router, tensor_parallel=source.tensor_parallel,
             max_num_seqs=seqs, max_num_batched_tokens=batched, block_tokens=BLOCK_TOKENS, prefix_caching=asked.prefix_caching,
         ),
-        study=study, seconds=time.perf_counter() - began, notes=[*source.notes, *opened.notes, *bench.notes, *_warnings(arms)],
+        study=study, seconds=time.perf_counter() - began, notes=[*source.notes, *opened.notes, *bench.notes, *_warnings(arms, outcomes)],
     )  # fmt: skip
 
 
@@ -91,6 +90,8 @@ class Bench:
         if asked.kv_tokens is not None and len({setting.drafter for setting in self.settings}) > 1:
             self.notes.append("--kv-tokens is the room of every setting: what a drafter takes of it is not subtracted")
         self._spread = USUAL_SPREAD if asked.spread is None else asked.spread
+        if not 0 <= self._spread <= 5:
+            raise BadInput(f"--spread is a standard deviation of a logit, from 0 to 5, got {self._spread:g}")
         self._acceptance = {
             name: self._accepted(name) for name in dict.fromkeys(setting.drafter for setting in self.settings if setting.policy.max_draft_len)
         }
@@ -143,7 +144,7 @@ class Bench:
     def _accepted(self, drafter: str) -> Acceptance:
         source = self.source
         lens = list(range(1, 1 + max(setting.policy.max_draft_len for setting in self.settings if setting.drafter == drafter)))
-        rows = tuple(tuple(feasible(source.tokens_per_round(drafter, lens, context))) for context in source.contexts)
+        rows = tuple(feasible(source.tokens_per_round(drafter, lens, context), self._spread) for context in source.contexts)
         return Acceptance(tokens_per_round=rows, contexts=tuple(source.contexts), spread=self._spread)
 
 
@@ -206,7 +207,7 @@ def _take_part(bench: Bench, sha256: str, limits: Sequence[Limits], seed: int, s
             raise Failed(str(error)) from None
         progress.advance()
         if limits:
-            return Evaluated(100 * (1 - float(kept(outcome, limits[0]).mean())))
+            return Evaluated(100 * (1 - float(keeps(outcome, limits[0]).mean())))
         if outcome.rejected.all():
             raise Failed("no request fits into memory")
         return Evaluated(float(outcome.e2e_s[~outcome.rejected].mean()))
@@ -242,13 +243,15 @@ def _around(given: tuple[int, ...], usual: int, most: int | None) -> list[int]:
     return sorted({value for value in (middle // 4, middle // 2, middle, 2 * middle) if value >= 1 and (most is None or value <= most)})
 
 
-def _warnings(arms: Sequence[Arm]) -> list[str]:
+def _warnings(arms: Sequence[Arm], outcomes: Sequence[Outcome]) -> list[str]:
     found = []
     for arm in arms:
         if arm.rejected:
             found.append(f"{arm.name}: {arm.rejected} requests are longer than the {arm.kv_tokens:,} tokens that memory holds, and were refused")
-    if arms[0].drafter == OFF and arms[0].busy.mean > 0.97:
-        found.append("off is overloaded: requests come faster than they are served, so queues and times grow as long as the trace does")
+    if names := [arm.name for arm, outcome in zip(arms, outcomes, strict=True) if overloaded(outcome)]:
+        found.append(
+            f"{', '.join(names)}: requests come faster than they are served, so times grow with the length of the trace; add replicas, or lower --rate"
+        )
     return found
 
 
@@ -258,6 +261,10 @@ def _check(asked: AskedSimulation) -> None:
             raise BadInput(f"{flag} must lie in 1..{2**20}, got {', '.join(map(str, values))}")
         if len(values) > 1 and asked.num_trials is None:
             raise BadInput(f"several {flag} are for a study, got {', '.join(map(str, values))} without --trials; give one, or --trials")
+    if not 1 <= asked.replicas <= MAX_REPLICAS:
+        raise BadInput(f"--replicas must lie in 1..{MAX_REPLICAS}, got {asked.replicas}")
+    if asked.router not in get_args(Router):
+        raise BadInput(f"--router is {' or '.join(get_args(Router))}, got {asked.router[:80]!r}")
     if asked.num_trials is not None and asked.num_trials < 1:
         raise BadInput(f"a study tries at least one configuration, got --trials {asked.num_trials}")
     if asked.storage is not None and asked.num_trials is None:

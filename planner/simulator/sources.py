@@ -3,7 +3,7 @@
 from typing import Protocol
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import brentq, nnls
 
 from planner.cost.capacity import Settings, kv_pool
 from planner.cost.roofline import LIKELY, prefill_s
@@ -13,9 +13,11 @@ from planner.plans import Plan
 from planner.schedules import LoadCurve, Schedule
 from planner.serving import OFF, ModelSize, ServedCell, ServingProfile, SystemSpec
 from planner.simulator.costs import Prefill
+from planner.simulator.texts import Acceptance
 
 SHORT = 64  # tokens of a request that hardly reads a cache
 SIZELESS = ("self_sparse", "ngram", "suffix")  # drafters that load nothing and read no prompt of their own
+CLOSER = 0.98  # step towards a gain that texts can have
 USUAL_SPREAD = 0.5  # of acceptance between texts, a logit
 
 
@@ -227,12 +229,24 @@ class PlanSource:
         return self._estimates[drafter, draft_len]
 
 
-def feasible(tokens: list[float]) -> list[float]:
-    """Tokens per round by draft_len 1, 2, .. as near to those as a drafter can come: each draft adds at most as much as the one before."""
-    gains = np.clip(np.diff([1.0, *tokens]), 0.0, 0.999)
-    for i in range(1, len(gains)):
-        gains[i] = min(gains[i], 0.995 * gains[i - 1])
-    return (1 + np.cumsum(gains)).tolist()
+def feasible(tokens: list[float], spread: float) -> tuple[float, ...]:
+    """Tokens per round by draft_len 1, 2, .. as near to those as texts can come: none adds more than the one before it, nor takes away."""
+    found: tuple[float, ...] = ()
+    for asked in tokens:
+        before = found[-1] if found else 1.0
+        gain = min(1.0, max(0.0, asked - before))
+        while not _drawable((*found, before + gain), spread):
+            gain *= CLOSER
+        found = (*found, before + gain)
+    return found
+
+
+def _drawable(tokens: tuple[float, ...], spread: float) -> bool:
+    try:
+        Acceptance(tokens_per_round=(tokens,), spread=spread)
+    except BadInput:
+        return False
+    return True
 
 
 def pass_s(source: Source) -> float:
@@ -241,8 +255,6 @@ def pass_s(source: Source) -> float:
 
 
 def _constant_acceptance(tokens: float, draft_len: int) -> float:
-    from scipy.optimize import brentq
-
     if tokens >= draft_len + 1 - 1e-9:
         return 1.0
     return float(brentq(lambda accept: sum(accept**i for i in range(draft_len + 1)) - tokens, 0.0, 1.0))

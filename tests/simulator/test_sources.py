@@ -1,5 +1,7 @@
 """What a simulation learns from a profile, a schedule and a plan."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from made import DRAFT_MODEL, made_profile
@@ -45,7 +47,7 @@ def test_rounds_of_a_profile_are_those_it_measured(source):
         running = np.array([min(cell.concurrency, round(cell.output_tokens_per_s * cell.tpot_s))])
         found = source.rounds(cell.drafter, cell.draft_len, running, np.array([cell.context_len + cell.output_len / 2]))
         errors.append(float(found[0] / cell.itl_s - 1))
-    assert np.median(np.abs(errors)) < 0.01 and np.abs(errors).max() < 0.12  # the fit's, and what it takes for prompts of others
+    assert np.median(np.abs(errors)) < 0.02 and np.abs(errors).max() < 0.12  # the fit's, and what it takes for prompts of others
 
 
 def test_what_a_prompt_takes_is_found_again_from_single_requests(source):
@@ -76,15 +78,18 @@ def test_the_pool_is_smaller_beside_a_drafter_and_larger_on_a_larger_device():
     assert sizes.kv_tokens(OFF, 256, 8192) < Sizes(profile.model, {}, replace(profile.system, memory_bytes=2**37), 1).kv_tokens(OFF, 256, 8192)
 
 
-def test_tokens_per_round_of_any_source_are_what_texts_can_be_drawn_with(source):
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.5])
+def test_tokens_per_round_of_any_source_are_what_texts_can_be_drawn_with(spread):
     rng = np.random.default_rng(0)
     for asked in ([1.9, 2.9, 3.9], [1.5, 1.4, 1.3], [1.1, 1.9, 2.8], [2.0, 3.0, 4.0], *(1 + np.cumsum(rng.random((20, 5)), axis=1)).tolist()):
-        found = feasible(list(asked))
-        assert all(b - a >= 0 for a, b in zip([1.0, *found], found, strict=False))
-        Acceptance(tokens_per_round=(tuple(found),), spread=1.0)
-    assert feasible([1.75, 2.3125, 2.73]) == pytest.approx([1.75, 2.3125, 2.73])
-    at = source.tokens_per_round("eagle3", [1, 2, 3], 2000)
-    assert at == pytest.approx([1.75, 2.3125, 2.734], rel=0.02)
+        found = feasible(list(asked), spread)
+        assert all(b - a >= 0 for a, b in pairwise([1.0, *found]))
+        Acceptance(tokens_per_round=(found,), spread=spread)
+
+
+def test_tokens_per_round_that_texts_have_stay_as_they_are(source):
+    assert feasible([1.75, 2.3125, 2.73], 0.5) == (1.75, 2.3125, 2.73)
+    assert source.tokens_per_round("eagle3", [1, 2, 3], 2000) == pytest.approx([1.75, 2.3125, 2.734], rel=0.02)
 
 
 @pytest.fixture(scope="module")
