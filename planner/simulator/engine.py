@@ -6,6 +6,7 @@ While nobody is admitted, finishes or is preempted, steps differ only in how lon
 are taken at once, with the very same result as one by one.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -71,11 +72,10 @@ class Policy:
 
         Contexts only grow between arrivals, so the policy need not be asked before.
         """
-        row = self.draft_len[int(np.searchsorted(self.batches, max(running, 1), side="right")) - 1]
+        row = self.draft_len[bisect_right(self.batches, max(running, 1)) - 1]
         if len(row) == 1:
             return row[0], np.inf
-        column = int(np.searchsorted(self.contexts, context / max(running, 1), side="right")) - 1
-        column = max(column, 0)
+        column = max(bisect_right(self.contexts, context / max(running, 1)), 1) - 1
         edge = next((self.contexts[i] * running for i in range(column + 1, len(row)) if row[i] != row[column]), np.inf)
         return row[column], edge
 
@@ -203,12 +203,15 @@ def simulate(requests: Many[Request], server: Server, *, seed: int = 0, max_jump
     )  # fmt: skip
 
 
+COUNTED = ("preemptions", "reused", "rounds", "round_tokens", "drafted")  # by sequences
+
+
 class Record:
     """What happened to the requests of all replicas; arrays [requests]."""
 
     def __init__(self, n: int):
         self.first_token_s, self.finish_s = np.full(n, np.nan), np.full(n, np.nan)
-        self.preemptions, self.reused, self.rounds, self.round_tokens, self.drafted = (np.zeros(n, dtype=np.int64) for _ in range(5))
+        self.preemptions, self.reused, self.rounds, self.round_tokens, self.drafted = (np.zeros(n, dtype=np.int64) for _ in COUNTED)
 
 
 class Replica:
@@ -312,7 +315,7 @@ class Replica:
         next_s = until_s
         if not self.scheduler.waiting and self._arriving:
             next_s = min(next_s, self._arriving[0][0])
-        steps = min(len(ends_s), int(np.searchsorted(ends_s, next_s)) + 1)
+        steps = min(len(ends_s), int(ends_s.searchsorted(next_s)) + 1)
         if edge < np.inf:
             rest = int(self.scheduler.decoding.length[n:].sum())
             steps = min(steps, max(1, int(np.searchsorted(lengths[:-1].sum(1) + rest, edge))))
@@ -335,12 +338,9 @@ class Replica:
         if n:
             if steps > 1:
                 scheduler.grow(scheduler.growth(lengths[steps - 1], draft_len))
-            index = decoding.index[:n]
-            record.rounds[index] += steps
-            record.round_tokens[index] += lengths[steps] - lengths[0]
-            if draft_len:
-                record.drafted[index] += steps * draft_len
             decoding.length[:n] = lengths[steps]
+            decoding.rounds[:n] += steps
+            decoding.drafted[:n] += steps * draft_len
         self._rows.append([start_s, end_s, steps, draft_len, n, running, len(scheduler.waiting) * (end_s - start_s),
                            sum(chunk.tokens for chunk in plan.chunks), scheduler.used_blocks / scheduler.room.blocks])  # fmt: skip
         self.clock_s = end_s
@@ -351,7 +351,8 @@ class Replica:
                 record.first_token_s[sequence.index] = end_s
         for sequence in [*done, *scheduler.complete(plan)]:
             record.finish_s[sequence.index] = end_s
-            record.preemptions[sequence.index], record.reused[sequence.index] = sequence.preemptions, sequence.reused
+            for name in COUNTED:
+                getattr(record, name)[sequence.index] = getattr(sequence, name)
             self._finishes_s.append(end_s)
 
     def series(self, replica: int) -> Series:

@@ -69,7 +69,8 @@ class Batching:
 class Sequence:
     """A request's place in the scheduler."""
 
-    __slots__ = ("blocks", "computed", "goal", "hashes", "held", "index", "input_len", "length", "own_full", "preemptions", "reused", "text", "whole")
+    __slots__ = ("blocks", "computed", "drafted", "goal", "hashes", "held", "index", "input_len", "length", "own_full", "preemptions", "reused",
+                 "round_tokens", "rounds", "text", "whole")  # fmt: skip
 
     def __init__(self, index: int, input_len: int, output_len: int, hashes: tuple[int, ...] = (), text: int = 0):
         """text  where the request's output begins among those of all requests"""
@@ -84,6 +85,7 @@ class Sequence:
         self.own_full = 0  # whole blocks behind the hashed ones that it gave back when it was preempted
         self.preemptions = 0
         self.reused = 0  # tokens that it found in the cache
+        self.rounds = self.round_tokens = self.drafted = 0  # rounds it took, what came of them, what was drafted in them; while it does not decode
 
 
 class Chunk(NamedTuple):
@@ -103,15 +105,15 @@ class Decoding:
 
     def __init__(self):
         self.sequences: list[Sequence] = []
-        self._set(np.zeros((5, 0), dtype=np.int64))
+        self._set(np.zeros((8, 0), dtype=np.int64))
 
     def _set(self, columns: np.ndarray) -> None:
         self._columns = columns
-        self.index, self.length, self.goal, self.blocks = columns[:4]
-        self.text = columns[4]  # where position 0 of the prompt would stand among all requests' outputs
+        self.index, self.length, self.goal, self.blocks, self.rounds, self.drafted, self._joined = columns[:7]
+        self.text = columns[7]  # where position 0 of the prompt would stand among all requests' outputs
 
     def join(self, arrived: list[Sequence]) -> None:
-        rows = np.array([(s.index, s.length, s.goal, s.blocks, s.text - s.input_len) for s in arrived], dtype=np.int64)
+        rows = np.array([(s.index, s.length, s.goal, s.blocks, 0, 0, s.length, s.text - s.input_len) for s in arrived], dtype=np.int64)
         self._set(np.concatenate([self._columns, rows.T], axis=1))
         self.sequences += arrived
 
@@ -119,8 +121,11 @@ class Decoding:
         """Take out those of a mask [n]."""
         gone = np.flatnonzero(which)
         left = [self.sequences[i] for i in gone]
-        for sequence, length, blocks in zip(left, self.length[gone].tolist(), self.blocks[gone].tolist(), strict=True):
+        for sequence, (_, length, _, blocks, rounds, drafted, joined, _) in zip(left, self._columns[:, gone].T.tolist(), strict=True):
             sequence.length, sequence.blocks = length, blocks
+            sequence.rounds += rounds
+            sequence.drafted += drafted
+            sequence.round_tokens += length - joined
         for i in gone[::-1].tolist():
             del self.sequences[i]
         self._set(self._columns[:, ~which])
@@ -216,6 +221,8 @@ class Scheduler:
 
     def _make_room(self, num_decoding: int, draft_len: int) -> int:
         """Blocks for a step of the first so many; returns how many are left of them after preemption."""
+        if not num_decoding:
+            return 0
         more = self.growth(self.decoding.length[:num_decoding], draft_len)
         if more.sum() <= self.available_blocks:
             self.grow(more)

@@ -9,7 +9,7 @@ Draws belong to a request and a position of its text, not to a round: a run that
 order, meets the same texts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from planner.errors import BadInput
 
 LEVELS = ndtri((np.arange(256) + 0.5) / 256)  # of equal weight; stand for a normal distribution
 SURE = 40.0  # logit of what always happens
+SPREADS = np.linspace(0.0, 5.0, 51)  # that are tried for a measured deviation
 MAX_TOKENS = 2**28  # of all requests together
 
 
@@ -79,9 +80,32 @@ class Acceptance:
             raise BadInput(f"tokens per round need one row per context ({len(self.contexts)}), each of the same 1 to 255 draft lengths, got {rows}")
         if any(a >= b for a, b in zip((0, *self.contexts), self.contexts, strict=False)):
             raise BadInput(f"contexts must ascend from 1, got {self.contexts}")
-        if not (0 <= self.spread <= 5):
-            raise BadInput(f"the spread of acceptance between texts must lie in [0, 5], got {self.spread}")
+        if not (0 <= self.spread <= SPREADS[-1]):
+            raise BadInput(f"the spread of acceptance between texts must lie in [0, {SPREADS[-1]:g}], got {self.spread}")
         _ = self._bases  # refuses what no drafter can do
+
+    @classmethod
+    def with_sd(cls, *, tokens_per_round: tuple[tuple[float, ...], ...], contexts: tuple[int, ...] = (1,), relative_sd: float, draft_len: int):
+        """Of texts whose own tokens per round, at one draft_len and the first context, have a standard deviation of so much of their mean."""
+        below = cls(tokens_per_round=tokens_per_round, contexts=contexts, spread=0.0)
+        for spread in SPREADS[1:]:
+            try:
+                above = cls(tokens_per_round=tokens_per_round, contexts=contexts, spread=float(spread))
+            except BadInput:  # texts that differ this much cannot have all these means
+                break
+            least, most = below.relative_sd(draft_len), above.relative_sd(draft_len)
+            if most >= relative_sd:
+                return replace(above, spread=float(np.interp(relative_sd, [least, most], [below.spread, above.spread])))
+            below = above
+        raise BadInput(
+            f"texts with these tokens per round differ by at most {below.relative_sd(draft_len):.3g} relatively at draft_len {draft_len}, "
+            f"got {relative_sd:.3g}; it is the deviation between requests, that of a mean over many is smaller"
+        )
+
+    def relative_sd(self, draft_len: int) -> float:
+        """Of long texts' own tokens per round at the first context: standard deviation over mean."""
+        tokens = 1 + np.cumprod(expit(self._bases[0, :draft_len, None] + self.spread * LEVELS), axis=0).sum(0)
+        return float(tokens.std() / tokens.mean())
 
     @property
     def max_draft_len(self) -> int:

@@ -35,6 +35,18 @@ def test_texts_differ_as_much_as_the_spread_says():
     assert 2 * sds[0] < sds[1] < sds[2]
 
 
+@pytest.mark.parametrize("relative_sd", [0.05, 0.2])
+def test_texts_differ_as_much_as_was_measured(relative_sd):
+    acceptance = Acceptance.with_sd(tokens_per_round=(ASKED,), relative_sd=relative_sd, draft_len=4)
+    assert acceptance.relative_sd(4) == pytest.approx(relative_sd, rel=0.02)
+    whole, each = tokens_over_rounds(acceptance, 4)
+    sampling = tokens_over_rounds(Acceptance(tokens_per_round=(ASKED,), spread=0.0), 4)[1].std()  # of rounds within a text
+    assert np.sqrt(each.var() - sampling**2) / each.mean() == pytest.approx(relative_sd, rel=0.15)
+    assert whole == pytest.approx(ASKED[3], rel=0.02)
+    with pytest.raises(BadInput, match="differ by at most"):
+        Acceptance.with_sd(tokens_per_round=(ASKED,), relative_sd=2.0, draft_len=4)
+
+
 def test_rounds_of_a_text_do_not_depend_on_the_longest_draft_drawn():
     acceptance = Acceptance(tokens_per_round=(ASKED,))
     one, other = (acceptance.draw(np.ones(9), np.full(9, 50), drawn, seed=1) for drawn in (2, 4))
