@@ -17,7 +17,7 @@ from planner.simulator.texts import Acceptance
 
 SHORT = 64  # tokens of a request that hardly reads a cache
 SIZELESS = ("self_sparse", "ngram", "suffix")  # drafters that load nothing and read no prompt of their own
-CLOSER = 0.98  # step towards a gain that texts can have
+HALVINGS = 10  # to the largest gain that texts can have
 USUAL_SPREAD = 0.5  # of acceptance between texts, a logit
 
 
@@ -231,12 +231,18 @@ class PlanSource:
 
 def feasible(tokens: list[float], spread: float) -> tuple[float, ...]:
     """Tokens per round by draft_len 1, 2, .. as near to those as texts can come: none adds more than the one before it, nor takes away."""
+    if min(tokens) >= 1 and _drawable(tuple(tokens), spread):
+        return tuple(tokens)
     found: tuple[float, ...] = ()
     for asked in tokens:
         before = found[-1] if found else 1.0
         gain = min(1.0, max(0.0, asked - before))
-        while not _drawable((*found, before + gain), spread):
-            gain *= CLOSER
+        if not _drawable((*found, before + gain), spread):
+            can, cannot = 0.0, gain
+            for _ in range(HALVINGS):
+                middle = (can + cannot) / 2
+                can, cannot = (middle, cannot) if _drawable((*found, before + middle), spread) else (can, middle)
+            gain = can
         found = (*found, before + gain)
     return found
 
