@@ -3,7 +3,7 @@
 Llama-3.1-8B in 16 bit on H100s, drafting for itself with a sparse cache of 512 tokens (MagicDec, arXiv:2408.11049). Nobody here
 owns the GPU. What is measured: the trace (12,031 requests of an hour, arrivals, lengths and prefix hashes) and the acceptance that
 MagicDec publishes by context, .84 at 4K to .79 at 100K a token. What is not: round times, which are the roofline of
-planner/cost/roofline.py whose likely set MagicDec's 19 speedups agree with, and prompts, a roofline too. Cells of that are imported as a
+planner/cost/roofline.py, in whose intervals MagicDec's 19 speedups lie, and prompts, a roofline too. Cells of that are imported as a
 user's would be, and everything behind them is planner's: the fit, the schedule, the KV pool, and `planner simulate`.
 
 Goodput is the share of requests within a TPOT and a TTFT. About a minute on two cores; --speedup lets the hour pass faster.
@@ -64,7 +64,7 @@ def profile() -> ServingProfile:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--replicas", type=int, default=2, metavar="N", help="engines behind a least-loaded router (default 2)")
+    parser.add_argument("--replicas", type=int, default=4, metavar="N", help="engines behind a least-loaded router (default 4)")
     parser.add_argument("--speedup", type=float, default=1.0, metavar="X", help="of arrival times (default 1)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first requests only")
     args = parser.parse_args()
