@@ -1,7 +1,7 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
 The verbs are functions: profile, plan, schedule (a plan by load), estimate, estimate_served, capacity, check, canary, drift, tune,
-sweep, replay, generate, export, import_bench, audit, and load_profile, load_plan for their files.
+sweep, simulate, replay, generate, export, import_bench, audit, and load_profile, load_plan for their files.
 """
 
 from importlib import import_module
@@ -20,6 +20,8 @@ _WHERE = {
     "canary": "planner.commands.canary",
     "drift": "planner.commands.drift",
     "sweep": "planner.commands.sweep",
+    "simulate": "planner.commands.simulate",
+    "AskedSimulation": "planner.commands.flags",
     "replay": "planner.commands.replay",
     "generate": "planner.commands.generate",
     "export": "planner.commands.export",

@@ -29,6 +29,7 @@ for _command in (
     "export",
     "drift",
     "sweep",
+    "simulate",
     "replay",
     "generate",
     "import_",

@@ -79,3 +79,33 @@ class AskedTune(NamedTuple):
     system: str | None = None
     served_model: str | None = None
     keep_repetitive: bool = False
+
+
+class AskedSimulation(NamedTuple):
+    """A simulation. None: not said, so that the trace, the profile or an engine's default decides."""
+
+    trace: str | None = None  # a file, or requests are generated:
+    rate: float | None = None  # requests per second; of a trace: what it is rescaled to
+    lengths: str | None = None  # IN:OUT,.. or a CSV file
+    arrivals: str = "poisson"  # or gamma:CV
+    num_requests: int = 1000
+    speedup: float | None = None  # of a trace's arrival times
+    limit: int | None = None  # first requests of a trace
+    also: tuple[str, ...] = ()  # K=3 or NAME:K=3
+    drafter: str | None = None
+    output_len: int | None = None  # that a schedule is made for
+    tensor_parallel: int | None = None
+    model: str | None = None  # sizes, for a schedule
+    draft_size: str | None = None
+    system: str | None = None
+    kv_tokens: int | None = None
+    prefill_rate: float | None = None  # tokens per second
+    spread: float | None = None  # of acceptance between texts
+    max_num_seqs: tuple[int, ...] = ()  # several for a study
+    max_num_batched_tokens: tuple[int, ...] = ()
+    replicas: int = 1
+    router: str = "round_robin"
+    prefix_caching: bool = True
+    num_trials: int | None = None
+    storage: str | None = None
+    workers: int = 1

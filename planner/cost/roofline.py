@@ -25,6 +25,10 @@ from typing import NamedTuple
 
 from planner.serving import ModelSize, SystemSpec
 
+PREFILL_ATTENTION = (
+    0.6  # of the peak, for attention of a prompt, whose tiles are full: 0.56 on A100, 0.72 on H100 (aiconfigurator, 16,384 tokens, 32/8 heads)
+)
+
 
 class Efficiency(NamedTuple):
     """How near software comes to the device."""
@@ -93,3 +97,10 @@ def round_s(
     drafting = step_s(drafter or model, system, load, stack, kv_len=kv_budget) * (draft_len if passes is None else passes)
     verifying = step_s(model, system, load, stack, new_tokens=draft_len + 1)
     return drafting + draft_len * stack.draft_glue_s + verifying + stack.round_glue_s
+
+
+def prefill_s(model: ModelSize, system: SystemSpec, tensor_parallel: int, stack: Efficiency) -> tuple[float, float]:
+    """Seconds of a prompt's token, and of a pair of a query and a key, where there are enough of them to be bound by arithmetic."""
+    flops = system.flops_per_s * tensor_parallel
+    heads = model.num_heads or model.num_kv_heads
+    return model.weights_bytes / (flops * stack.peak), 4 * model.num_layers * heads * model.head_dim / (flops * PREFILL_ATTENTION)

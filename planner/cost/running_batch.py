@@ -61,6 +61,10 @@ class RunningBatch:
         ran = cells.context_len <= self._longest[cells.drafter]  # whatever the bytes say
         return np.minimum(np.where(ran, np.maximum(memory, 1.0), memory), self._most)
 
+    def correction(self, drafter: int) -> float:
+        """The factor on the byte count of a drafter's capacity."""
+        return float(np.exp(self._correction[0] + self._correction[1 + drafter]))
+
     def running(self, cells, tpot_s: np.ndarray, capacity: np.ndarray) -> np.ndarray:
         """[n] requests that decode at once, at these times per token."""
         return self._running(cells, tpot_s, self._outside_s, capacity)[0]

@@ -69,6 +69,7 @@ class ServingModel:
         self._curves = {name: _curve([c for c in cells if c.drafter == name and c.draft_len > 0]) for name in self.drafters[1:]}
 
         at = _cells_of(cells, self.drafters)
+        self._output_len = float(np.median(at.output_len))
         tpot_s = np.array([cell.tpot_s for cell in cells])
         fitted, _ = self._tokens_per_round(at)
         tokens = np.array([_tokens_per_round(cell) or own for cell, own in zip(cells, fitted, strict=True)])
@@ -99,6 +100,21 @@ class ServingModel:
             sd_throughput=np.sqrt(sd_round**2 + sd_tokens**2 + ((1 - growth) * load.sd) ** 2),
             fits=capacity >= LEAST_CAPACITY, extrapolated=self._extrapolated(cells),
         )  # fmt: skip
+
+    def rounds(self, drafter: str, draft_len: int, running: np.ndarray, held: np.ndarray) -> np.ndarray:
+        """[n] seconds of a round of so many requests that decode, each of which holds so many tokens, while nobody's prompt is read."""
+        place = np.full(len(running), self.drafters.index(drafter))
+        cells = Cells(place, np.full_like(place, draft_len), running, np.zeros(len(running)), 2.0 * held)  # all of it output: no prompts
+        return self._steps.predict(cells, running, np.ones(len(running)))[0]
+
+    def tokens_per_round(self, drafter: str, draft_lens: list[int], context_len: int) -> list[float]:
+        """By draft_len."""
+        place = np.full(len(draft_lens), self.drafters.index(drafter))
+        return self._tokens_per_round(_broadcast(Cells(place, np.array(draft_lens), 1, context_len, self._output_len)))[0].tolist()
+
+    def pool_correction(self, drafter: str) -> float:
+        """What measured running batches make of the byte count of a KV pool: a factor."""
+        return self._running.correction(self.drafters.index(drafter))
 
     def ratio_sd(self, a: Cells, b: Cells, of: str = "throughput") -> np.ndarray:
         """[n] standard deviation of the logarithm of the ratio of two cells' `of` (tpot or throughput): what both share cancels."""
