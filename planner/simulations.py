@@ -55,7 +55,6 @@ class Change(Spec, kw_only=True):
     ttft: Interval | None  # of the mean; None where nothing was served by one of the two
     tpot: Interval | None
     e2e: Interval | None
-    output_tokens_per_s: Interval | None
     goodput: list[Interval | None]  # in requests, one for each limit; None where off keeps it for nobody
 
 

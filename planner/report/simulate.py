@@ -106,10 +106,9 @@ def _latency(name: str, unit: float, stat: str) -> Callable[[Arm], str]:
 def _changes(simulation: Simulation) -> list[list[Column]]:
     names = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "end to end"}
     groups = [[Column(title, lambda arm, name=name: _percent(getattr(arm.against_off, name)))] for name, title in names.items()]
-    groups += [
+    return groups + [
         [Column(f"goodput\n{_limits(limits)}", lambda arm, i=i: _percent(arm.against_off.goodput[i]))] for i, limits in enumerate(simulation.limits)
     ]
-    return [*groups, [Column("tokens/s", lambda arm: _percent(arm.against_off.output_tokens_per_s))]]
 
 
 def _server() -> list[list[Column]]:

@@ -34,7 +34,7 @@ def arm(name, against=None, **changes):
 
 
 def made(**changes):
-    change = Change(ttft=of(0.05), tpot=of(-0.25), e2e=of(-0.2), output_tokens_per_s=of(0.01), goodput=[of(0.3), None])
+    change = Change(ttft=of(0.05), tpot=of(-0.25), e2e=of(-0.2), goodput=[of(0.3), None])
     fields = {
         "planner_version": "0", "sha256": "ab" * 32, "source": "an engine\x1b[31m", "seed": 1, "limits": LIMITS, "seconds": 2.0,
         "load": Load(source="trace.jsonl", requests=100, duration_s=50.0, requests_per_s=2.0, input_len_mean=1000.0, input_len_max=4000, output_len_mean=120.0, output_len_max=400),
