@@ -8,7 +8,7 @@ steps there are. One core; reading the trace and drawing the texts are included.
 import time
 
 import numpy as np
-from common import measured, report, wants_json
+from common import Shown, measured, report_tables, wants_json
 
 from planner.simulator.engine import Policy, Server, StepLoad, simulate
 from planner.simulator.scheduler import KVRoom
@@ -32,8 +32,7 @@ class DataSheet:
         return FLOOR_S + DRAFT_S * load.draft_len + np.maximum(compute_s, memory_s)
 
 
-def main() -> None:
-    as_json = wants_json(__doc__)
+def mooncake() -> Shown:
     path = measured("traces/mooncake_conversation.jsonl.gz")
     acceptance = Acceptance(tokens_per_round=TOKENS_PER_ROUND)
     policies = {"off": Policy.fixed(0), "K = 3": Policy.fixed(3), "by batch": Policy(batches=(1, 9, 33), draft_len=((5,), (3,), (1,)))}
@@ -57,7 +56,13 @@ def main() -> None:
                 "preemptions": int(outcome.preemptions.sum()),
             }
         )
-    report(rows, {"simulator/mooncake_seconds": max(seconds.values())}, as_json)
+    return Shown({"simulator/mooncake_seconds": max(seconds.values())}, {"12,031 requests simulated": rows})
+
+
+def main() -> None:
+    as_json = wants_json(__doc__)
+    shown = mooncake()
+    report_tables(shown.tables, shown.figures, as_json)
 
 
 if __name__ == "__main__":

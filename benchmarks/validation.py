@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable
 
 from common import Shown, make_parser, progress, report_tables
+from simulator import mooncake
 from validation_kernels import a800, attention, matrix_products
 from validation_run import audit, real_run
 
@@ -18,6 +19,7 @@ PARTS: dict[str, Callable[[], Shown]] = {
     "gemm": matrix_products,
     "a800": a800,
     "real_run": real_run,
+    "simulator": mooncake,
     "audit": audit,
 }
 
@@ -31,6 +33,7 @@ TARGETS: dict[str, dict[str, tuple[Callable[[float, float], bool], float]]] = {
     },
     "a800": {"mape": (AT_MOST, 0.04), "throughput_loss_max": (AT_MOST, 0.02)},
     "real_run": {"tpot_mean": (AT_MOST, 0.03), "e2e_mean": (AT_MOST, 0.05), "ttft_mean": (AT_MOST, 0.10)},
+    "simulator": {"mooncake_seconds": (AT_MOST, 10)},
     "audit": {"budgetdraft_found": (AT_LEAST, 2)},
 }
 
