@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import resource
+import signal
 import sys
 import time
 
@@ -53,6 +54,7 @@ def run(order: dict) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # threads do not survive a fork
     device.BUSY_SECONDS = 0.0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
     gc.freeze()  # every trial collects garbage: not what was imported here
     for line in sys.stdin:
         if (pid := os.fork()) == 0:
