@@ -87,16 +87,23 @@ def ask(port: int, path: str, body: dict | None = None) -> dict:
         return json.load(answer)
 
 
+PARSED = "srv  llama_server"  # of the line that follows the parsing of flags; the last lines may be lost as the server exits
+
+
+def said(words: list) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode, "there is no such model"
+    return done.stdout + done.stderr
+
+
 def test_the_llama_cpp_server_takes_the_flags_of_all_six_plans(tmp_path):
     """By its own parser, which comes before the missing model: a flag or a value that it does not know ends it earlier."""
     program, (plans, profiles) = llama_server(), write_plans(tmp_path)
     for i, case in enumerate(CASES.values()):
         asked = case.asked._replace(model="no.gguf", draft_model="no.gguf", max_concurrency=32 if case.varies else None)
         found = planner.export(plans[case.plan], "llama.cpp", tmp_path / str(i), asked, profile_path=profiles[case.profile])
-        done = subprocess.run([program, *found.argv[1:]], capture_output=True, text=True, timeout=30, check=False)
-        assert "failed to open GGUF" in done.stderr + done.stdout, done.stderr
-    done = subprocess.run([program, *found.argv[1:], "--spec-type", "draft-tree"], capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode and "failed to open GGUF" not in done.stderr + done.stdout
+        assert PARSED in said([program, *found.argv[1:]])
+    assert PARSED not in said([program, *found.argv[1:], "--spec-type", "draft-tree"])
 
 
 def test_the_own_runtime_runs_its_own_command(plan, tmp_path, monkeypatch, capsys):
@@ -148,7 +155,7 @@ def test_the_llama_cpp_server_loads_the_preset_drafts_and_refuses_an_unknown_key
 
     preset = folder / llamacpp.FILE
     preset.write_text(preset.read_text() + "draft-lenght = 3\n")
-    refused = subprocess.run(
-        [folder / "run", "--host", "127.0.0.1", "--port", str(port)], env=env, capture_output=True, text=True, timeout=30, check=False
-    )
-    assert refused.returncode == 1 and "not recognized in preset" in refused.stdout + refused.stderr
+    words = [folder / "run", "--host", "127.0.0.1", "--port", str(port)]
+    refused = [subprocess.run(words, env=env, capture_output=True, text=True, timeout=30, check=False) for _ in range(3)]
+    assert {done.returncode for done in refused} == {1}
+    assert any("not recognized in preset" in done.stdout + done.stderr for done in refused), "the last line, which may be lost"
