@@ -19,11 +19,11 @@ from planner.canaries import Answer, Canary, CanaryCell, Group
 from planner.commands.drift import describe_plan, load_either
 from planner.commands.groups import whole_groups
 from planner.commands.progress import Progress, Silent
-from planner.engines.completions import Asked, Prompt, complete, served_models
+from planner.engines.completions import Asked, Prompt, api_client, complete, find_model
 from planner.engines.http import Bounds, Client, Key
 from planner.engines.load import threads
 from planner.engines.prompts import read_prompts
-from planner.errors import BadInput, ServerError
+from planner.errors import BadInput
 from planner.measurements import fingerprint
 from planner.plans import CONFIDENCE, Interval, Plan
 from planner.schedules import Schedule
@@ -66,10 +66,10 @@ def canary(
         raise BadInput(f"a canary sends 1 to {MAX_PROMPTS} prompts, got {sum(sizes)} for concurrencies {loads}; change --texts or --max-concurrency")
     context_len, asked = _asked(plan, seed)
     prompts = read_prompts(list(dataset), count=max(sizes) + 1, context_len=context_len, seed=seed)
-    clients = [Client(url.rstrip("/").removesuffix("/v1"), key, bounds) for url in (base_url, baseline_url)]
+    clients = [api_client(url, key, bounds) for url in (base_url, baseline_url)]
     if clients[0].name == clients[1].name:
         raise BadInput(f"a canary needs two servers, both addresses are {clients[0].name}; give --baseline-url that of the one without the plan")
-    both = [asked._replace(model=_model(client, served_model, plan.model)) for client in clients]
+    both = [asked._replace(model=find_model(client, served_model, plan.model)) for client in clients]
     progress.stage("canary", 2 * (1 + sum(size // load for size, load in zip(sizes, loads, strict=True))))
     cells, objective = [], "tpot" if plan.objective == "tpot" else "throughput"
     predict = _predictions(plan)
@@ -175,15 +175,6 @@ def _usual_loads(plan: Plan | Schedule) -> list[int]:
         return [plan.workload.batch]
     first, last = plan.concurrency_from, min(plan.concurrency_to, max(plan.concurrency_from, 16))
     return [first, round(math.sqrt(first * last)), last]
-
-
-def _model(client: Client, served_model: str | None, planned: str) -> str:
-    known = served_models(client)
-    if served_model is not None and served_model not in known:
-        raise BadInput(f"{client.name} serves {client.quoted(', '.join(known))}, got --served-model {served_model}; choose one of them")
-    if served_model is None and planned not in known and len(known) != 1:
-        raise ServerError(f"{client.name} serves {client.quoted(', '.join(known) or 'nothing')}; say with --served-model which one is asked")
-    return served_model or (planned if planned in known else known[0])
 
 
 def _predictions(plan: Plan | Schedule):

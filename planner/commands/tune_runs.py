@@ -10,11 +10,11 @@ import msgspec
 from planner.commands.flags import AskedTune
 from planner.commands.progress import Progress
 from planner.commands.tune_servers import REQUEST, Subject
-from planner.engines.completions import Asked, Prompt, served_models
+from planner.engines.completions import Asked, Prompt, find_model
 from planner.engines.contract import Drafting
 from planner.engines.http import Client
 from planner.engines.load import run_load
-from planner.errors import BadInput, ServerError
+from planner.errors import ServerError
 from planner.exports import Step
 from planner.schedules import Setting
 from planner.search.design import Probe
@@ -99,7 +99,9 @@ class Bench:
         at = time.monotonic()
         with self._subject.serve(item.drafting, len(self.launches), self._folder) as (client, launch):
             metrics, judge = _has_metrics(client), not self._asked.keep_repetitive
-            asked = Asked(self._model(client), self._asked.output_len, self._asked.temperature, self._asked.top_p, self._seed)
+            asked = Asked(
+                find_model(client, self._asked.served_model), self._asked.output_len, self._asked.temperature, self._asked.top_p, self._seed
+            )
             self.launches.append(launch)
             self._keep(Piece(**about, launch=launch, minutes=(time.monotonic() - at) / 60))
             at, short = time.monotonic(), asked._replace(output_len=min(WARM_TOKENS, asked.output_len))
@@ -133,14 +135,6 @@ class Bench:
     def _named(self, item: Item) -> str:
         drafts = f" up to K={item.drafting.draft_len}" if item.drafting.steps else ""
         return f"{item.stage} {item.repeat + 1} of {item.drafting.method}{drafts}"
-
-    def _model(self, client: Client) -> str:
-        known, named = served_models(client), self._asked.served_model
-        if named is not None and named not in known:
-            raise BadInput(f"{client.name} serves {client.quoted(', '.join(known))}, got --served-model {named}; choose one of them")
-        if named is None and len(known) != 1:
-            raise ServerError(f"{client.name} serves {client.quoted(', '.join(known) or 'nothing')}; say with --served-model which one is asked")
-        return named or known[0]
 
 
 def _has_metrics(client: Client) -> bool:

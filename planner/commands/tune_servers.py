@@ -14,6 +14,7 @@ from planner.commands.pools import ComparedPool, compare_pool
 from planner.commands.sizes import model_size, system_spec
 from planner.cost.capacity import Settings
 from planner.engine_rules import METHODS, DraftRules, find_drafting, find_engine
+from planner.engines.completions import api_client
 from planner.engines.contract import Drafting, Startup
 from planner.engines.http import Bounds, Client, Key
 from planner.engines.launch import address, free_port, recorded, running
@@ -134,7 +135,7 @@ class There:
         if missing:
             raise BadInput(f"a server that is there does not say everything about itself; beside --base-url give {', '.join(missing)}")
         urls = [asked.base_url, *([asked.baseline_url] if asked.baseline_url else [])]
-        self._clients = [Client(url.rstrip("/").removesuffix("/v1"), key, REQUEST) for url in urls]
+        self._clients = [api_client(url, key, REQUEST) for url in urls]
         if len({client.name for client in self._clients}) < len(urls):
             raise BadInput(f"a server with a drafter and one without are two, both addresses are {self._clients[0].name}; give --baseline-url")
         if asked.method not in METHODS:
@@ -146,10 +147,6 @@ class There:
         self.model, self.system = model_size(asked.model), system_spec(asked.system)
         self.drafter = model_size(asked.draft_size) if asked.draft_size else None
         self._max_batch = asked.concurrency[1]
-
-    @property
-    def has_off(self) -> bool:
-        return len(self._clients) > 1
 
     def drafting(self, steps: tuple[Step, ...]) -> Drafting:
         return Drafting(self.method, self._draft_model, steps) if steps else Drafting()

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from planner.canaries import Answer
-from planner.engines.http import Client
+from planner.engines.http import Bounds, Client, Key
+from planner.errors import BadInput, ServerError
 
 MAX_TOKENS = 2**20  # of a request
 NOT_STREAMED = "the whole answer came in one piece, so it is not streamed; a proxy between may hold it back"
@@ -90,6 +91,21 @@ class _Models(msgspec.Struct):
 def served_models(client: Client) -> list[str]:
     """The names a server answers to."""
     return [model.id for model in client.get_json("/v1/models", _Models).data]
+
+
+def api_client(url: str, key: Key | None, bounds: Bounds) -> Client:
+    """A client of a server's root, also where its address was given with the /v1 that OpenAI's clients want."""
+    return Client(url.rstrip("/").removesuffix("/v1"), key, bounds)
+
+
+def find_model(client: Client, named: str | None, planned: str | None = None) -> str:
+    """The name to ask for: the one that was named, else the planned one where it is served, else the only one."""
+    known = served_models(client)
+    if named is not None and named not in known:
+        raise BadInput(f"{client.name} serves {client.quoted(', '.join(known))}, got --served-model {named}; choose one of them")
+    if named is None and planned not in known and len(known) != 1:
+        raise ServerError(f"{client.name} serves {client.quoted(', '.join(known) or 'nothing')}; say with --served-model which one is asked")
+    return named or (planned if planned in known else known[0])
 
 
 def complete(client: Client, prompt: Prompt, asked: Asked, total_s: float) -> Answer:

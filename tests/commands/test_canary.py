@@ -205,7 +205,7 @@ def test_flags_that_do_not_apply_are_refused(run, flags, message):
 
 
 def test_servers_of_several_models_need_a_name(files, servers, monkeypatch):
-    monkeypatch.setattr("planner.commands.canary.served_models", lambda client: ["one", "two"])
+    monkeypatch.setattr("planner.engines.completions.served_models", lambda client: ["one", "two"])
     with pytest.raises(ServerError, match="say with --served-model"):
         canary(files, servers)
     with pytest.raises(BadInput, match="choose one of them"):
