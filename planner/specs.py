@@ -5,6 +5,7 @@ Frozen and checked once, where they are made. Sizes are bytes, times are seconds
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import msgspec
@@ -15,6 +16,9 @@ from planner.errors import BadInput
 Count = Annotated[int, Meta(ge=1, le=2**40)]
 Size = Annotated[int, Meta(ge=0, le=2**60)]  # bytes
 DraftLen = Annotated[int, Meta(ge=0, le=1024)]
+MAX_TREE_SIZE = 1024
+TreeSize = Annotated[int, Meta(ge=1, le=MAX_TREE_SIZE)]  # nodes, the root excluded
+Probability = Annotated[float, Meta(ge=0, le=1)]
 Positive = Annotated[float, Meta(gt=0, le=1e15)]
 Factor = Annotated[float, Meta(ge=1, le=1e6)]  # how much longer a text may be
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -313,13 +317,67 @@ CACHED = ("self_sparse", "draft_model")  # drafters whose cache may be sparse
 NO_DRAFTER = DrafterSpec(kind="none")
 
 
+class Calibration(Spec, kw_only=True):
+    """How often a text goes down a path of a draft tree, by the probability that the drafter gives it: linear between the points.
+
+    Found by replay, for one drafter, context and sampler.
+    """
+
+    reported: tuple[Probability, ...]  # rising
+    observed: tuple[Probability, ...]  # never falling
+
+    def __post_init__(self):
+        if len(self.reported) != len(self.observed) or not self.reported:
+            raise ValueError(
+                f"a calibration must have as many observed as reported probabilities, at least one, got {len(self.observed)} and {len(self.reported)}"
+            )
+        if any(b <= a for a, b in pairwise(self.reported)) or any(b < a for a, b in pairwise(self.observed)):
+            raise ValueError("a calibration must be rising in what was reported and never fall in what was observed")
+
+
+class TreeCosts(Spec, kw_only=True):
+    """What an adaptive tree weighs every round: measured seconds, and what it knows about its probabilities."""
+
+    draft_s: Annotated[float, Meta(ge=0, le=1e6)]  # all levels, and choosing the tree
+    verify_s: tuple[Annotated[float, Meta(gt=0, le=1e6)], ...]  # [max_size + 1] of 0, 1, .. nodes: mask, pass, host copies and compaction
+    rate: Positive | None = None  # tokens per second that a node must be worth, the best of the whole run; None: the best ratio of each round
+    calibration: Calibration | None = None  # None: the drafter's probabilities as they are
+
+    def __post_init__(self):
+        if not 2 <= len(self.verify_s) <= MAX_TREE_SIZE + 1:
+            raise ValueError(f"verify_s must have a time for 0 to max_size nodes, max_size from 1 to {MAX_TREE_SIZE}, got {len(self.verify_s)} times")
+
+
+class FixedTree(Spec, kw_only=True, tag_field="kind", tag="fixed"):
+    """The same number of nodes every round."""
+
+    size: TreeSize
+
+    @property
+    def max_size(self) -> int:
+        return self.size
+
+
+class AdaptiveTree(Spec, kw_only=True, tag_field="kind", tag="adaptive"):
+    """As many nodes as a round's verification is worth (CaDDTree, arXiv:2606.01813), up to max_size; none is one of the answers."""
+
+    costs: TreeCosts
+
+    @property
+    def max_size(self) -> int:
+        return len(self.costs.verify_s) - 1
+
+
+Tree = FixedTree | AdaptiveTree
+
+
 class DraftConfig(Spec, kw_only=True):
     """One setting of every knob."""
 
     drafter: DrafterSpec
     kv: KVPolicy = FullKV()  # what the drafter attends to; a drafter without a cache leaves it full
-    draft_len: DraftLen = 0
-    tree: None = None  # chains only, so far
+    draft_len: DraftLen = 0  # with a tree: the levels that are drafted
+    tree: Tree | None = None  # which nodes of those levels are verified; None: a chain
 
     def __post_init__(self):
         kind, sparse = self.drafter.kind, isinstance(self.kv, SparseKV)
@@ -331,6 +389,8 @@ class DraftConfig(Spec, kw_only=True):
             )
         if kind == "self_sparse" and self.kv.storage == "evict":
             raise ValueError("storage evict is for a drafter with keys of its own, got self_sparse, which reads the target's; take storage retain")
+        if self.tree is not None and kind in ("none", "ngram"):
+            raise ValueError(f"a tree is made of a drafter's probabilities, {kind} has none; take another drafter, or drop the tree")
 
 
 PLAIN = DraftConfig(drafter=NO_DRAFTER)
@@ -380,12 +440,20 @@ def describe_drafter(drafter: DrafterSpec) -> str:
     return name + f" {drafter.weights}" * (drafter.weights != "full") + f" vocab {drafter.vocab}" * (drafter.vocab is not None)
 
 
+def describe_tree(tree: Tree) -> str:
+    """A tree in a few words."""
+    if isinstance(tree, FixedTree):
+        return f"tree {tree.size}"
+    return f"adaptive tree up to {tree.max_size}" + " by round" * (tree.costs.rate is None)
+
+
 def describe(config: DraftConfig) -> str:
     """A configuration in a few words, as tables show it."""
     if config.draft_len == 0:
         return "off"
     kv = f" {describe_kv(config.kv)}" if isinstance(config.kv, SparseKV) else ""
-    return f"{describe_drafter(config.drafter)}{kv} K={config.draft_len}"
+    tree = "" if config.tree is None else f" {describe_tree(config.tree)}"
+    return f"{describe_drafter(config.drafter)}{kv} K={config.draft_len}{tree}"
 
 
 def describe_workload(workload: Workload) -> str:

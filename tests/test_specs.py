@@ -18,11 +18,14 @@ from planner.specs import (
     NO_DRAFTER,
     OBSERVATION,
     PLAIN,
+    AdaptiveTree,
+    Calibration,
     DeviceSpec,
     DraftConfig,
     DrafterSpec,
     DynamicRope,
     FactorsRope,
+    FixedTree,
     FullKV,
     KVPolicy,
     LinearRope,
@@ -31,6 +34,7 @@ from planner.specs import (
     Sampler,
     Selection,
     SparseKV,
+    TreeCosts,
     Workload,
     YarnRope,
     describe,
@@ -284,6 +288,8 @@ def test_the_smallest_budgets_are_accepted(fields):
         ({"drafter": NO_DRAFTER, "kv": SparseKV(budget=64, selection="chunk")}, "got drafter none with chunk 64"),
         ({"drafter": SELF_SPARSE, "draft_len": 4, "kv": SparseKV(budget=64, storage="evict")}, "got self_sparse, which reads the target's"),
         ({"drafter": DrafterSpec(kind="eagle3", path="head"), "draft_len": 4, "kv": SparseKV(budget=64)}, "got drafter eagle3 with window 64"),
+        ({"drafter": NGRAM, "draft_len": 4, "tree": FixedTree(size=8)}, "a tree is made of a drafter's probabilities, ngram has none; take another"),
+        ({"drafter": NO_DRAFTER, "tree": FixedTree(size=8)}, "a tree is made of a drafter's probabilities, none has none"),
     ],
 )
 def test_configurations_that_contradict_themselves_are_refused(fields, message):
@@ -311,6 +317,53 @@ def test_any_sparse_configuration_comes_back_from_json(kv, draft_len):
 def test_the_policy_is_named_in_json():
     assert msgspec.to_builtins(CONFIGS[1])["kv"] == {"kind": "full"}
     assert msgspec.to_builtins(CONFIGS[3])["kv"]["kind"] == "sparse"
+
+
+EAGLE = DrafterSpec(kind="eagle3", path="some/head")
+COSTS = TreeCosts(draft_s=0.002, verify_s=(0.01, 0.011, 0.0115), rate=120.0, calibration=Calibration(reported=(0.0, 1.0), observed=(0.0, 0.8)))
+TREES = [
+    DraftConfig(drafter=EAGLE, draft_len=5, tree=FixedTree(size=16)),
+    DraftConfig(drafter=EAGLE, draft_len=5, tree=AdaptiveTree(costs=COSTS)),
+    DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=64), draft_len=5, tree=AdaptiveTree(costs=replace(COSTS, rate=None, calibration=None))),
+]
+
+
+def test_a_tree_says_how_large_it_gets():
+    assert [config.tree.max_size for config in TREES] == [16, 2, 2]
+    assert [describe(config) for config in TREES] == [
+        "eagle3 head K=5 tree 16",
+        "eagle3 head K=5 adaptive tree up to 2",
+        "self_sparse window 64 K=5 adaptive tree up to 2 by round",
+    ]
+
+
+@pytest.mark.parametrize("config", TREES, ids=describe)
+def test_a_tree_comes_back_from_json_as_it_was(config):
+    assert read(config, DraftConfig) == config
+    assert hash(read(config, DraftConfig)) == hash(config)
+
+
+def test_a_chain_that_was_written_before_there_were_trees_is_read():
+    assert read({"drafter": {"kind": "ngram"}, "kv": {"kind": "full"}, "draft_len": 4, "tree": None}, DraftConfig).tree is None
+    assert read({"drafter": {"kind": "ngram"}, "draft_len": 4}, DraftConfig).tree is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (TreeCosts, {"draft_s": 0.0, "verify_s": (0.01,)}, "a time for 0 to max_size nodes, max_size from 1 to 1024, got 1 times"),
+        (TreeCosts, {"draft_s": 0.0, "verify_s": (0.01,) * 1026}, "got 1026 times"),
+        (Calibration, {"reported": (), "observed": ()}, "at least one, got 0 and 0"),
+        (Calibration, {"reported": (0.0, 1.0), "observed": (0.0,)}, "got 1 and 2"),
+        (Calibration, {"reported": (0.5, 0.5), "observed": (0.0, 1.0)}, "rising in what was reported"),
+        (Calibration, {"reported": (0.1, 0.5), "observed": (0.4, 0.3)}, "never fall in what was observed"),
+    ],
+)
+def test_costs_that_no_tree_can_be_sized_with_are_refused(kind, fields, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**fields)
+    with pytest.raises(msgspec.ValidationError, match=message):
+        read(fields, kind)
 
 
 def test_plain_decoding_is_the_default_of_every_knob():
