@@ -81,8 +81,8 @@ DRAFTING = (
     DraftRules("llama.cpp", (10434,), (11549,), ("draft_model", "eagle3", "mtp", "dflash", "dspark", "ngram")),
     DraftRules("transformers", (5, 19), (5, 23), ("draft_model", "ngram"), max_batch=1),
     DraftRules(
-        "planner", (0, 1), (0, 1), ("draft_model", "eagle3", "ngram", "self_sparse"), windowed=("draft_model", "self_sparse"),
-        sinks=("draft_model", "self_sparse"), max_batch=1,
+        "planner", (0, 1), (0, 1), ("draft_model", "eagle3", "dflash", "ngram", "self_sparse"), windowed=("draft_model", "dflash", "self_sparse"),
+        sinks=("draft_model", "dflash", "self_sparse"), max_batch=1,
     ),
 )  # fmt: skip
 

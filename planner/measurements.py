@@ -86,7 +86,8 @@ class DrafterModel(Spec, kw_only=True):
     fingerprint: Name
     weights_bytes: Size  # beyond what it shares with the target
     dtype: DType  # of weights and cache
-    taps: list[Natural] = []  # layers of the target whose hidden states its cache keeps for an EAGLE-3 head
+    taps: list[Natural] = []  # layers of the target whose hidden states its cache keeps for a head
+    block_size: Natural = 0  # of a DFlash head: tokens of one pass, for which its cache has room
 
 
 class RoundSample(Spec, kw_only=True):

@@ -287,32 +287,40 @@ class DrafterSpec(Spec, kw_only=True):
     self_sparse  the target itself, attending to a part of its own cache
     draft_model  a smaller model with the target's vocabulary and a cache of its own
     eagle3       a head of one layer on hidden states of the target (EAGLE-3, arXiv:2503.01840), with a cache of its own
+    dflash       a few layers that draft a whole block in one pass, over hidden states of the target (DFlash, arXiv:2602.06036)
     """
 
-    kind: Literal["none", "ngram", "self_sparse", "draft_model", "eagle3"]
-    path: Annotated[str, Meta(max_length=500)] | None = None  # of draft_model and eagle3: a model folder or GGUF file, as the user named it
+    kind: Literal["none", "ngram", "self_sparse", "draft_model", "eagle3", "dflash"]
+    path: Annotated[str, Meta(max_length=500)] | None = None  # of those in LOADED: a model folder or GGUF file, as the user named it
     weights: Weights = "full"  # of models: as loaded, or quantised; the KV of self_sparse stays the target's either way
     vocab: Count | None = None  # of self_sparse: tokens that its head knows, the frequent and the special ones; None: all
-    dtype: DType | None = None  # of draft_model and eagle3: weights and cache; None: the target's
+    dtype: DType | None = None  # of those in LOADED: weights and cache; None: the target's
 
     def __post_init__(self):
         if self.kind not in LOADED and self.dtype is not None:
-            raise ValueError(f"a dtype goes with drafters {' and '.join(LOADED)} and with no other, got drafter {self.kind}")
+            raise ValueError(f"a dtype goes with drafters {_names(LOADED)} and with no other, got drafter {self.kind}")
         if (self.kind in LOADED) != (self.path is not None):
-            raise ValueError(f"a path goes with drafters {' and '.join(LOADED)} and with no other, got drafter {self.kind} with path {self.path}")
-        if self.kind not in ("self_sparse", "draft_model") and self.weights != "full":
-            raise ValueError(f"weights go with drafters self_sparse and draft_model and with no other, got drafter {self.kind}")
+            raise ValueError(f"a path goes with drafters {_names(LOADED)} and with no other, got drafter {self.kind} with path {self.path}")
+        if self.kind not in QUANTIZED and self.weights != "full":
+            raise ValueError(f"weights go with drafters {_names(QUANTIZED)} and with no other, got drafter {self.kind}")
         if self.kind != "self_sparse" and self.vocab is not None:
             raise ValueError(f"a vocab goes with drafter self_sparse and with no other, got drafter {self.kind}")
 
 
 def usual_storage(kind: str, refresh: int | None) -> Storage:
     """What becomes of a drafter's keys where nobody said: those that nothing would read again are dropped."""
-    return "evict" if kind == "draft_model" and refresh is None else "retain"
+    return "evict" if kind in ("draft_model", "dflash") and refresh is None else "retain"
 
 
-LOADED = ("draft_model", "eagle3")  # drafters with a checkpoint of their own
-CACHED = ("self_sparse", "draft_model")  # drafters whose cache may be sparse
+LOADED = ("draft_model", "eagle3", "dflash")  # drafters with a checkpoint of their own
+TAPPING = ("eagle3", "dflash")  # of these, heads: they read hidden states that the target's cache keeps for them
+CACHED = ("self_sparse", "draft_model", "dflash")  # drafters whose cache may be sparse
+QUANTIZED = ("self_sparse", "draft_model", "dflash")  # drafters whose matrices may have fewer bits than they were loaded with
+
+
+def _names(kinds: tuple[str, ...]) -> str:
+    return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+
 
 NO_DRAFTER = DrafterSpec(kind="none")
 
@@ -385,8 +393,11 @@ class DraftConfig(Spec, kw_only=True):
             raise ValueError(f"draft_len must be 0 without a drafter and at least 1 with one, got {self.draft_len} with {kind}; set --draft-len")
         if sparse and kind not in CACHED or not sparse and kind == "self_sparse":
             raise ValueError(
-                f"a kv budget goes with drafter self_sparse, may go with draft_model, and with no other, got drafter {kind} with {describe_kv(self.kv)}"
+                "a kv budget goes with drafter self_sparse, may go with draft_model and dflash, and with no other, "
+                f"got drafter {kind} with {describe_kv(self.kv)}"
             )
+        if kind == "dflash" and sparse and (self.kv.selection, self.kv.storage) != ("window", "evict"):
+            raise ValueError(f"drafter dflash keeps a window and drops the rest, got {describe_kv(self.kv)}; take selection window and storage evict")
         if kind == "self_sparse" and self.kv.storage == "evict":
             raise ValueError("storage evict is for a drafter with keys of its own, got self_sparse, which reads the target's; take storage retain")
         if self.tree is not None and kind in ("none", "ngram"):

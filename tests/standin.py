@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from tiny import HEAD, prefilled, random_prompt, tiny_model, with_head
+from tiny import BLOCK_HEAD, HEAD, prefilled, random_prompt, tiny_model, with_block_head, with_head
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -139,13 +139,15 @@ CONFIGS = {
     "window": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=20, sink=4, recent=8), draft_len=DRAFT_LEN),
     "chunk": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=21, recent=9, selection="chunk"), draft_len=DRAFT_LEN),
     "eagle3": DraftConfig(drafter=HEAD, draft_len=DRAFT_LEN),
+    "dflash": DraftConfig(drafter=BLOCK_HEAD, draft_len=DRAFT_LEN),
+    "dflash, window": DraftConfig(drafter=BLOCK_HEAD, kv=SparseKV(budget=20, sink=4, recent=8, storage="evict"), draft_len=DRAFT_LEN),
     "snapkv": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=40, selection="snapkv"), draft_len=DRAFT_LEN),
     "retrieval": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=21, recent=9, selection="retrieval", refresh=4), draft_len=DRAFT_LEN),
     "draft model": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=FullKV(), draft_len=DRAFT_LEN),
     "draft model, window": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, storage="evict"), draft_len=DRAFT_LEN),
     "draft model, retrieval": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, selection="retrieval", refresh=4), draft_len=DRAFT_LEN),
 }  # fmt: skip
-KINDS = "none", "ngram", "chunk", "eagle3", "draft model"  # one of each drafter: what a run greedily, or alone, does differently is theirs
+KINDS = "none", "ngram", "chunk", "eagle3", "dflash", "draft model"  # one of each drafter: what a run greedily, or alone, does differently is theirs
 RAGGED = [(config, "warm", [70, 51]) for config in CONFIGS]
 RUNS = [(config, "greedy", [50]) for config in KINDS] + RAGGED
 CHUNK = 64  # of a prefill: every operation is slow here
@@ -170,10 +172,10 @@ def standin_model(config: DraftConfig, sharpness: float, **options):
     """The target, with its first layer beside it, which agrees with it now and then, and a head where one is to draft."""
     model = tiny_model(sharpness=sharpness, **options)
     model.beside["one layer", None] = tiny_model(sharpness=sharpness, device=str(model.device), kernels=model.kernels, num_layers=1)
-    if config.drafter != HEAD:
+    if config.drafter not in (HEAD, BLOCK_HEAD):
         return model
     with tempfile.TemporaryDirectory() as folder:
-        return with_head(model, Path(folder) / "head")
+        return (with_head if config.drafter == HEAD else with_block_head)(model, Path(folder) / "head")
 
 
 def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sampler, drafter_class=None, kernels: Kernels | None = None) -> dict:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from planner.errors import BadInput
+from planner.runtime import dflash_head
 from planner.runtime.eagle_head import load_head
 from planner.runtime.kernels import Kernels
 from planner.runtime.model import Transformer, build_model, prefill
@@ -110,6 +111,58 @@ def write_head(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> 
 def with_head(model: Transformer, folder: Path, **options) -> Transformer:
     """The model with a head beside it, which HEAD names."""
     model.beside[HEAD.path, HEAD.dtype] = load_head(write_head(folder, *head_files(model, **options)), model, model.dtype)
+    return model
+
+
+BLOCK_HEAD = DrafterSpec(kind="dflash", path="block head")  # of models that with_block_head made
+
+
+def block_head_files(
+    model: Transformer, seed: int = 0, ids: tuple[int, ...] = (1, 0), block_size: int = 6, num_layers: int = 2, **changes
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """config.json and tensors of a DFlash head as they are published, ids being layers of the target whose output is read.
+
+    Random, but its attention hands on most of the last token's embedding, some of the contexts and none of the masks, so
+    that some drafts are kept. Of model_type llama, without the norms of queries and keys.
+    """
+    target, generator = model.spec, torch.Generator().manual_seed(seed)
+    C, D, ffn = target.hidden_size, target.head_dim, 64
+    G = C // D
+    H = 2 * G
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    config = {
+        "architectures": ["DFlashDraftModel"], "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "attention_bias": False, "block_size": block_size,
+        "dflash_config": {"mask_token_id": target.vocab_size - 1, "target_layer_ids": list(ids)}, "head_dim": D, "hidden_act": "silu",
+        "hidden_size": C, "intermediate_size": ffn, "layer_types": ["full_attention"] * num_layers, "max_position_embeddings": 64,
+        "max_window_layers": num_layers, "model_type": "qwen3", "num_attention_heads": H, "num_hidden_layers": num_layers, "num_key_value_heads": G,
+        "num_target_layers": target.num_layers, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+        "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": target.vocab_size,
+    }  # fmt: skip
+    mask = torch.nn.functional.normalize(model.embedding[target.vocab_size - 1].detach().cpu().float(), dim=0)
+    tensors = {"fc.weight": random(C, len(ids) * C), "hidden_norm.weight": 0.15 + 0.1 * random(C), "norm.weight": 1 + 0.1 * random(C)}
+    for i in range(num_layers):
+        part = torch.linalg.qr(random(C, G * D)).Q.T
+        part = part - part @ mask[:, None] * mask  # [G * D, C]: what of an embedding is handed on
+        layer = {
+            "self_attn.q_proj": random(H * D, C) * 2, "self_attn.k_proj": random(G * D, C) * 2, "self_attn.v_proj": part,
+            "self_attn.o_proj": part.unflatten(0, (G, D)).repeat_interleave(H // G, 0).flatten(0, 1).T * 12 + 0.1 * random(C, H * D),
+            "self_attn.q_norm": 1 + random(D), "self_attn.k_norm": 1 + random(D), "mlp.gate_proj": random(ffn, C), "mlp.up_proj": random(ffn, C),
+            "mlp.down_proj": random(C, ffn), "input_layernorm": 1 + 0.1 * random(C), "post_attention_layernorm": 1 + 0.1 * random(C),
+        }  # fmt: skip
+        tensors |= {f"layers.{i}.{name}.weight": tensor for name, tensor in layer.items()}
+    config |= changes
+    if config["model_type"] == "llama":
+        tensors = {name: tensor for name, tensor in tensors.items() if "q_norm" not in name and "k_norm" not in name}
+    return config, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def with_block_head(model: Transformer, folder: Path, **options) -> Transformer:
+    """The model with a DFlash head beside it, which BLOCK_HEAD names."""
+    files = write_head(folder, *block_head_files(model, **options))
+    model.beside[BLOCK_HEAD.path, BLOCK_HEAD.dtype] = dflash_head.load_head(files, model, model.dtype)
     return model
 
 

@@ -61,17 +61,17 @@ Seed = Annotated[int, typer.Option(help="Seed of prompts and sampling.")]
 
 
 HELP = {  # of the fields of Asked and AskedGrid, each a flag
-    "drafter": "none, ngram, self_sparse, draft_model or eagle3; with a profile of a serving engine, a name in it.",
+    "drafter": "none, ngram, self_sparse, draft_model, eagle3 or dflash; with a profile of a serving engine, a name in it.",
     "drafters": "Of ngram and self_sparse; off and every --draft-model come along anyway.",
     "draft_len": "Tokens drafted per round.",
-    "draft_model": "A drafter's checkpoint: a smaller model of the target's family or an EAGLE-3 head, a folder or a GGUF file.",
+    "draft_model": "A drafter's checkpoint: a smaller model of the target's family, a folder or a GGUF file, or the folder of an EAGLE-3 or DFlash head.",
     "draft_dtype": "bfloat16, float16 or float32: weights and KV cache of the draft model; default: the target's.",
-    "drafter_weights": "Weights of self_sparse and draft_model: full, int8 or int4, or several of them for a grid; default: full, but int8 in a grid for "
+    "drafter_weights": "Weights of self_sparse, draft_model and dflash: full, int8 or int4, or several of them for a grid; default: full, but int8 in a grid for "
     "self_sparse on a CPU.",
     "drafter_vocab": "Tokens that the head of self_sparse knows, the frequent and the special ones; default: all.",
     "drafter_vocabs": "Head sizes of self_sparse in tokens; all keeps the whole vocabulary.",
-    "kv_budget": "Tokens that self_sparse or draft_model attends to, sinks and recent window included; default: all, of draft_model.",
-    "kv_budgets": "Budgets of self_sparse and draft_model in tokens.",
+    "kv_budget": "Tokens that self_sparse, draft_model or dflash attends to, sinks and recent window included; default: all, but of self_sparse.",
+    "kv_budgets": "Budgets of self_sparse, draft_model and dflash in tokens.",
     "selection": "window (sinks + recent), or beside them chunk (by the last key), retrieval (chunks by the last query) or snapkv (by votes).",
     "selections": "Of window, chunk, snapkv and retrieval.",
     "sink": "First tokens that a sparse cache always keeps.",

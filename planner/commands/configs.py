@@ -14,6 +14,7 @@ from planner.files import read_bytes
 from planner.specs import (
     CACHED,
     LOADED,
+    QUANTIZED,
     DraftConfig,
     DrafterSpec,
     FullKV,
@@ -102,13 +103,13 @@ def drafter_specs(asked: AskedGrid, weights: str) -> list[DrafterSpec]:
             found.append(drafter_spec(kind, None, None, "full", None))
     for path in map(_plain_path, asked.draft_model):
         kind = checkpoint_kind(path)
-        for bits in words(asked.drafter_weights or "full") if kind == "draft_model" else ["full"]:
+        for bits in words(asked.drafter_weights or "full") if kind in QUANTIZED else ["full"]:
             found.append(drafter_spec(kind, path, asked.draft_dtype, bits, None))
     return list(dict.fromkeys(found))
 
 
 def checkpoint_kind(path: str) -> str:
-    """eagle3 for a folder whose config.json says so, else draft_model."""
+    """eagle3 or dflash for a folder whose config.json says so, else draft_model."""
     config = Path(path) / "config.json"
     if not config.is_file():
         return "draft_model"
@@ -116,7 +117,10 @@ def checkpoint_kind(path: str) -> str:
         architectures = msgspec.json.decode(read_bytes(config, "config"), type=_Config).architectures
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"{config} must be a model's config.json, got {error}; give another --draft-model") from None
-    return "eagle3" if any("Eagle3" in name for name in architectures or []) else "draft_model"
+    return next((kind for kind, part in HEADS.items() if any(part in name for name in architectures or [])), "draft_model")
+
+
+HEADS = {"eagle3": "Eagle3", "dflash": "DFlash"}  # kinds, and what the architectures of their folders have in their names
 
 
 class _Config(msgspec.Struct):
@@ -152,6 +156,8 @@ def kv_choices(drafter: DrafterSpec, sparse: Sequence[SparseKV]) -> list[KVPolic
             return list(dict.fromkeys(replace(kv, storage="retain") for kv in sparse))
         case "draft_model":
             return [*dict.fromkeys(sparse), FullKV()]
+        case "dflash":  # nothing would read again what its window has passed
+            return [*dict.fromkeys(replace(kv, storage="evict") for kv in sparse if kv.selection == "window"), FullKV()]
     return [FullKV()]
 
 

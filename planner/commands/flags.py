@@ -8,7 +8,7 @@ class Asked(NamedTuple):
 
     drafter: str = "none"
     draft_len: int = 0
-    draft_model: str | None = None  # path, of draft_model and eagle3
+    draft_model: str | None = None  # path, of a drafter with a checkpoint of its own
     draft_dtype: str | None = None
     drafter_weights: str | None = None
     drafter_vocab: int | None = None

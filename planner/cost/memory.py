@@ -1,7 +1,7 @@
 """Bytes that are resident: weights, caches, logits. Exact where tensors are counted, measured where a process is.
 
 The counts equal the runtime's: a full cache of `capacity` slots per stream, a sparse one of budget + draft_len + 1.
-Without an EAGLE-3 head, no head is loaded and the target's cache keeps no hidden states.
+Without a head that reads hidden states, none is loaded and the target's cache keeps no hidden states.
 """
 
 import numpy as np
@@ -36,13 +36,17 @@ def sparse_cache_bytes(model: ModelSpec, dtype: DType, *, budget: int, draft_len
 
 
 def features_bytes(target: ModelSpec, dtype: DType, taps: int, *, capacity: int, batch: int = 1) -> int:
-    """Hidden states of `taps` layers that the target's cache keeps for an EAGLE-3 head."""
+    """Hidden states of `taps` layers that the target's cache keeps for a head."""
     return batch * capacity * taps * target.hidden_size * BYTES_PER_ELEMENT[dtype]
 
 
-def own_cache_bytes(model: ModelSpec, dtype: DType, kv: KVPolicy, *, capacity: int, draft_len: int, batch: int = 1) -> int:
-    """The cache of a drafter that is a model of its own; a policy that retains keeps a full one beside the sparse one."""
-    full = full_cache_bytes(model, dtype, capacity=capacity, batch=batch)
+def own_cache_bytes(model: ModelSpec, dtype: DType, kv: KVPolicy, *, capacity: int, draft_len: int, block_size: int = 0, batch: int = 1) -> int:
+    """The cache of a drafter with layers of its own; a policy that retains keeps a full one beside the sparse one.
+
+    block_size  of a DFlash head: it has room for a whole block, whatever of it is drafted
+    """
+    full = full_cache_bytes(model, dtype, capacity=capacity + block_size, batch=batch)
+    draft_len = block_size - 1 if block_size else draft_len
     if not isinstance(kv, SparseKV):
         return full
     return sparse_cache_bytes(model, dtype, budget=kv.budget, draft_len=draft_len, batch=batch) + full * (kv.storage == "retain")
@@ -97,9 +101,11 @@ def counted_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> 
         total += drafter_weights_bytes(profile.target, dtype, config.drafter, profile.weights, profile.tensor_parallel)
     elif config.drafter.kind in LOADED:
         own = drafter_model(profile, config.drafter)
-        total += own.weights_bytes + own_cache_bytes(own.spec, own.dtype, config.kv, capacity=capacity, draft_len=config.draft_len, batch=batch)
+        room = {"capacity": capacity, "draft_len": config.draft_len, "block_size": own.block_size}
+        total += own.weights_bytes + own_cache_bytes(own.spec, own.dtype, config.kv, batch=batch, **room)
         total += features_bytes(model, dtype, len(own.taps), capacity=capacity, batch=batch)
-        if isinstance(config.kv, SparseKV) and config.kv.storage == "evict":  # one prompt after the other is held whole until it is chosen from
+        evicts = isinstance(config.kv, SparseKV) and config.kv.storage == "evict"
+        if evicts and config.drafter.kind == "draft_model":  # one prompt after the other is held whole until it is chosen from
             total += full_cache_bytes(own.spec, own.dtype, capacity=workload.context_len)
     return total
 

@@ -11,29 +11,28 @@ B  streams     n  entries of one pass     C  hidden_size of the head     D  head
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from planner.errors import BadInput
 from planner.runtime.fields import MAX_VOCAB, MAX_WIDTH, Fields, one_line, read_json
+from planner.runtime.head_files import check_folder, check_taps, check_tensors, listed_layers, read_tensors
 from planner.runtime.kernels import Kernels
 from planner.runtime.kv_cache import KVCache
 from planner.runtime.linear import Linear, Matrix, ReducedHead, frozen
 from planner.runtime.model import Layer, Transformer
 from planner.runtime.rope import attention_factor, inverse_frequency, rotation
-from planner.runtime.safetensors_folder import Stored, header_bytes, reading, stored_tensors
-from planner.runtime.weights import FLOAT_DTYPES, fingerprint_of, finite, read_spec
+from planner.runtime.safetensors_folder import stored_tensors
+from planner.runtime.weights import read_spec
 from planner.specs import ModelSpec
 
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")  # as published, and as vLLM has it
+KIND = "an EAGLE-3 head"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-MAX_TAPS = 16
 VARIANTS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "parallel_drafting")  # heads that compute something else
 
 
@@ -97,8 +96,7 @@ def load_head(path: str | Path, target: Transformer, dtype: torch.dtype) -> Eagl
     """
     folder = Path(path)
     spec = read_spec(folder)  # config.json has the fields of a Llama model of one layer
-    if not folder.is_dir():
-        raise BadInput(f"an EAGLE-3 head is a folder with config.json and model.safetensors, got {folder}; give its folder")
+    check_folder(folder, KIND)
     spec, taps = _checked_config(folder / "config.json", spec, target.spec)
     tensors, fingerprint = _load_tensors(folder, spec, len(taps), target, dtype)
     kernels, kept = target.kernels, tensors.get("d2t")
@@ -140,19 +138,12 @@ def _load_tensors(folder: Path, spec: ModelSpec, num_taps: int, target: Transfor
     expected = dict(_expected_shapes(spec, target.spec, num_taps, own_embedding))
     if spec.vocab_size < target.spec.vocab_size or "d2t" in found:
         expected["d2t"] = (spec.vocab_size,)
-    _check_tensors(folder, expected, found)
-
-    tensors, files = {}, sorted({entry.file for entry in found.values()})
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(reading(file, safe_open, file, framework="pt")) for file in files}
-        for name in expected:
-            file = found[name].file
-            tensor = reading(file, opened[file].get_tensor, names[name])
-            if name != "d2t":  # copy: pages of a mapped file would be timed as if they were memory
-                tensors[name] = finite(file, names[name], tensor.to(device=target.device, dtype=dtype, copy=True))
-            elif len(kept := _kept_tokens(file, tensor, target.spec.vocab_size)) < target.spec.vocab_size:
-                tensors[name] = kept.to(target.device)
-    return tensors, fingerprint_of(spec, [(file, header_bytes(file)) for file in files])
+    check_tensors(folder, KIND, expected, found, integers=("d2t",), unread=("t2d",))
+    tensors, fingerprint = read_tensors(spec, names, found, expected, dtype, target.device, integers=("d2t",))
+    if "d2t" in tensors:
+        kept = _kept_tokens(found["d2t"].file, tensors.pop("d2t"), target.spec.vocab_size)
+        tensors |= {"d2t": kept.to(target.device)} if len(kept) < target.spec.vocab_size else {}
+    return tensors, fingerprint
 
 
 def _checked_config(source: Path, spec: ModelSpec, target: ModelSpec) -> tuple[ModelSpec, tuple[int, ...]]:
@@ -193,12 +184,9 @@ def _taps(config: Fields, num_layers: int) -> tuple[int, ...]:
     two meanings: entering a layer, or, where the first is 1, leaving it (sgl-project/sglang#25454, by whose rule we go).
     """
     name = next((name for name in (LAYER_IDS, f"eagle_config.{LAYER_IDS}") if config.get(name) is not None), None)
-    ids = [2, num_layers // 2, num_layers - 3] if name is None else config.get(name)
-    if not isinstance(ids, list) or not 1 <= len(ids) <= MAX_TAPS or not all(type(layer) is int for layer in ids):
-        raise config.refusal(name, f"must be a list of 1 to {MAX_TAPS} integers")
+    ids = listed_layers(config, name, [2, num_layers // 2, num_layers - 3])
     taps = tuple(layer if ids[0] == 1 else layer - 1 for layer in ids)
-    if len(set(taps)) < len(taps) or min(taps) < 0 or max(taps) >= num_layers:
-        raise BadInput(f"{config.source}: {LAYER_IDS} must be different layers of the target, which has {num_layers}, got {ids}; use its own head")
+    check_taps(config.source, LAYER_IDS, ids, taps, num_layers)
     return taps
 
 
@@ -218,22 +206,6 @@ def _expected_shapes(spec: ModelSpec, target: ModelSpec, num_taps: int, own_embe
     yield "midlayer.mlp.down_proj.weight", (C, ffn)
     yield "norm.weight", (C,)
     yield "lm_head.weight", (spec.vocab_size, C)
-
-
-def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, Stored]) -> None:
-    for name, shape in expected.items():
-        if name not in found:
-            raise BadInput(f"{folder}: tensor {name} is missing; an EAGLE-3 head needs {len(expected)} tensors, the files hold {len(found)}")
-        if found[name].shape != shape:
-            raise BadInput(
-                f"{found[name].file}: tensor {name} must have shape {list(shape)} by the config and the target, got {one_line(list(found[name].shape))}"
-            )
-        dtypes = ("I64", "I32") if name == "d2t" else FLOAT_DTYPES
-        if found[name].dtype not in dtypes:
-            raise BadInput(f"{found[name].file}: tensor {name} must be one of {', '.join(dtypes)}, got {found[name].dtype}")
-    extra = sorted(name for name in found.keys() - expected.keys() - {"t2d"} if not name.endswith(".rotary_emb.inv_freq"))
-    if extra:
-        raise BadInput(f"{folder}: tensor {one_line(extra[0])} is not part of an EAGLE-3 head, got {len(extra)} such; use another head")
 
 
 def _kept_tokens(source: Path, offsets: Tensor, vocab_size: int) -> Tensor:

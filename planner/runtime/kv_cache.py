@@ -49,6 +49,11 @@ class KVCache:
         self._write(self.values[layer], values)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def check_keeps(self, taps: tuple[int, ...]) -> None:
+        """ValueError where the output of one of these layers is not kept."""
+        if not set(taps) <= set(self.taps):
+            raise ValueError(f"the target's cache must keep the output of layers {taps}, got {self.taps}; make it after loading the head")
+
     def append_features(self, tapped: dict[int, Tensor]) -> None:
         """Write what is kept of the new tokens' hidden states, by layer [B, n, C], behind each stream's length."""
         for index, layer in enumerate(self.taps):
@@ -175,6 +180,14 @@ class OwnKVCache(KVCache):
         """Tokens read so far, of each stream."""
         return self.lengths
 
+    def kept(self, end: int) -> Tensor:
+        """Positions that a cache holds whose stream has `end` tokens."""
+        return torch.arange(end, device=self.keys.device)
+
+    def started(self, stream: int, end: int) -> None:
+        """The first slots of a stream hold what is kept of `end` tokens."""
+        self.lengths[stream] = end
+
     def window_mask(self, n: int) -> None:
         """The mask of a pass over n new tokens: none, they are causal."""
 
@@ -216,6 +229,18 @@ class OwnSparseKVCache(SparseKVCache):
         source.lengths = [end]
         self.select(source, stream, end, queries)
         self.ends[stream] = end
+
+    def kept(self, end: int) -> Tensor:
+        """Positions that a cache of selection window holds whose stream has `end` tokens, in the order of its slots."""
+        fixed = self.policy.num_fixed(end)
+        recent = min(self.policy.budget - fixed, end - fixed)
+        return torch.cat([torch.arange(fixed, device=self.keys.device), torch.arange(end - recent, end, device=self.keys.device)])
+
+    def started(self, stream: int, end: int) -> None:
+        """The first slots of a stream hold what is kept of `end` tokens."""
+        b, fixed = stream, self.policy.num_fixed(end)
+        self._num_fixed[b], self._ring_start[b] = fixed, max(fixed, end - (self.policy.budget - fixed))
+        self.ends[b], self.lengths[b] = end, self._length(b, end)
 
     def window_mask(self, n: int) -> Tensor | None:  # [B, 1, n, S]
         if n == 1:

@@ -162,6 +162,20 @@ class Layer(nn.Module):
         return Layer(self.attention_norm, self.mlp_norm, *matrices, self.qkv_bias, self.q_norm, self.k_norm)
 
 
+def build_layer(spec: ModelSpec, part: dict[str, Tensor], kernels: Kernels) -> Layer:
+    """One layer from its tensors, by their names within it."""
+    matrices = [
+        torch.cat([part[f"self_attn.{name}_proj.weight"] for name in "qkv"]),
+        part["self_attn.o_proj.weight"],
+        torch.cat([part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]]),
+        part["mlp.down_proj.weight"],
+    ]
+    norms = part["input_layernorm.weight"], part["post_attention_layernorm.weight"]
+    bias = torch.cat([part[f"self_attn.{name}_proj.bias"] for name in "qkv"]) if spec.qkv_bias else None
+    head_norms = (part["self_attn.q_norm.weight"], part["self_attn.k_norm.weight"]) if spec.qk_norm else (None, None)
+    return Layer(*norms, *(Linear(matrix, kernels) for matrix in matrices), bias, *head_norms)
+
+
 def build_model(checkpoint: Checkpoint, kernels: Kernels | None = None, special_tokens: tuple[int, ...] = ()) -> Transformer:
     """A checkpoint's tensors, fused to four matrices a layer; eager PyTorch unless other kernels are given.
 
@@ -171,16 +185,7 @@ def build_model(checkpoint: Checkpoint, kernels: Kernels | None = None, special_
     layers = []
     for index in range(spec.num_layers):
         part = {name.split(".", 3)[3]: tensor for name, tensor in weights.items() if name.startswith(f"model.layers.{index}.")}
-        matrices = [
-            torch.cat([part[f"self_attn.{name}_proj.weight"] for name in "qkv"]),
-            part["self_attn.o_proj.weight"],
-            torch.cat([part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]]),
-            part["mlp.down_proj.weight"],
-        ]
-        norms = part["input_layernorm.weight"], part["post_attention_layernorm.weight"]
-        bias = torch.cat([part[f"self_attn.{name}_proj.bias"] for name in "qkv"]) if spec.qkv_bias else None
-        head_norms = (part["self_attn.q_norm.weight"], part["self_attn.k_norm.weight"]) if spec.qk_norm else (None, None)
-        layers.append(Layer(*norms, *(Linear(matrix, kernels) for matrix in matrices), bias, *head_norms))
+        layers.append(build_layer(spec, part, kernels))
     embedding = frozen(weights["model.embed_tokens.weight"])
     head = Linear(embedding if spec.tie_embeddings else weights["lm_head.weight"], kernels)
     return Transformer(spec, checkpoint.fingerprint, embedding, weights["model.norm.weight"], head, layers, kernels, special_tokens)

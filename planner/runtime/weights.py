@@ -107,27 +107,31 @@ def _existing(path: str | Path) -> Path:
 
 def expected_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of the model with its shape, lazily: the number of layers is a claim until the tensors are found."""
+    yield "model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size)
+    for i in range(spec.num_layers):
+        yield from layer_shapes(spec, f"model.layers.{i}.")
+    yield "model.norm.weight", (spec.hidden_size,)
+    if not spec.tie_embeddings:
+        yield "lm_head.weight", (spec.vocab_size, spec.hidden_size)
+
+
+def layer_shapes(spec: ModelSpec, layer: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of a layer whose names begin so."""
     hidden, ffn, D = spec.hidden_size, spec.intermediate_size, spec.head_dim
     q, kv = spec.num_heads * D, spec.num_kv_heads * D
-    yield "model.embed_tokens.weight", (spec.vocab_size, hidden)
-    for i in range(spec.num_layers):
-        layer = f"model.layers.{i}."
-        yield layer + "input_layernorm.weight", (hidden,)
-        for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-            yield f"{layer}self_attn.{name}.weight", (size, hidden)
-            if spec.qkv_bias:
-                yield f"{layer}self_attn.{name}.bias", (size,)
-        if spec.qk_norm:
-            yield layer + "self_attn.q_norm.weight", (D,)
-            yield layer + "self_attn.k_norm.weight", (D,)
-        yield layer + "self_attn.o_proj.weight", (hidden, q)
-        yield layer + "post_attention_layernorm.weight", (hidden,)
-        yield layer + "mlp.gate_proj.weight", (ffn, hidden)
-        yield layer + "mlp.up_proj.weight", (ffn, hidden)
-        yield layer + "mlp.down_proj.weight", (hidden, ffn)
-    yield "model.norm.weight", (hidden,)
-    if not spec.tie_embeddings:
-        yield "lm_head.weight", (spec.vocab_size, hidden)
+    yield layer + "input_layernorm.weight", (hidden,)
+    for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+        yield f"{layer}self_attn.{name}.weight", (size, hidden)
+        if spec.qkv_bias:
+            yield f"{layer}self_attn.{name}.bias", (size,)
+    if spec.qk_norm:
+        yield layer + "self_attn.q_norm.weight", (D,)
+        yield layer + "self_attn.k_norm.weight", (D,)
+    yield layer + "self_attn.o_proj.weight", (hidden, q)
+    yield layer + "post_attention_layernorm.weight", (hidden,)
+    yield layer + "mlp.gate_proj.weight", (ffn, hidden)
+    yield layer + "mlp.up_proj.weight", (ffn, hidden)
+    yield layer + "mlp.down_proj.weight", (hidden, ffn)
 
 
 def _unused(name: str, tied: bool) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from decoding import exact_pairs, joint_frequencies, p_value, run
-from tiny import HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_head
+from tiny import BLOCK_HEAD, HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_block_head, with_head
 
 from planner.runtime import decode as decode_module
 from planner.runtime.drafters import make_drafter
@@ -13,7 +13,7 @@ from planner.runtime.verify import Verdict, verify_chain
 from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, YarnRope
 
 NGRAM, SELF_SPARSE = DrafterSpec(kind="ngram"), DrafterSpec(kind="self_sparse")
-EAGLE3 = DraftConfig(drafter=HEAD, draft_len=3)
+EAGLE3, DFLASH = DraftConfig(drafter=HEAD, draft_len=3), DraftConfig(drafter=BLOCK_HEAD, draft_len=4)
 CONFIGS = [
     PLAIN,
     *(DraftConfig(drafter=NGRAM, draft_len=k) for k in (1, 5)),
@@ -23,6 +23,10 @@ CONFIGS = [
 ]  # fmt: skip
 YARN = YarnRope(factor=4.0, original_max_position=32, attention_factor=1.14)
 GREEDY, WARM = Sampler(temperature=0), Sampler(temperature=0.8, top_p=0.9, top_k=20)
+
+
+def with_both(model, folder):
+    return with_block_head(with_head(model, folder / "head"), folder / "block head")
 
 
 class AdversarialDrafter:
@@ -47,12 +51,12 @@ def model(tmp_path_factory):
     return with_head(tiny_model(sharpness=1.5), tmp_path_factory.mktemp("model") / "head")
 
 
-@pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[3], EAGLE3], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[3], EAGLE3, DFLASH], ids=str)
 @pytest.mark.parametrize("changes", [{"architecture": "qwen2"}, {"architecture": "qwen3"}, {"rope_scaling": YARN}], ids=["qwen2", "qwen3", "yarn"])
 @pytest.mark.parametrize("execution", ["eager", "native"])
 def test_greedy_output_of_other_architectures_is_plain_greedy_output(changes, config, execution, tmp_path):
     kernels = None if execution == "eager" else native_kernels(torch.float32)
-    model = with_head(tiny_model(sharpness=1.5, kernels=kernels, **NATIVE, **changes), tmp_path / "head")
+    model = with_both(tiny_model(sharpness=1.5, kernels=kernels, **NATIVE, **changes), tmp_path)
     prompts = [random_prompt(length, seed=length) for length in (90, 33)]
     assert run(model, prompts, config)[0] == run(model, prompts)[0]
 
@@ -125,7 +129,7 @@ QUANTIZED = [cheaper_drafts(weights, vocab) for weights in ("full", "int8", "int
 
 @pytest.fixture(scope="module")
 def native_model(tmp_path_factory):
-    return with_head(tiny_model(sharpness=1.5, kernels=native_kernels(torch.float32), **NATIVE), tmp_path_factory.mktemp("native") / "head")
+    return with_both(tiny_model(sharpness=1.5, kernels=native_kernels(torch.float32), **NATIVE), tmp_path_factory.mktemp("native"))
 
 
 @pytest.mark.parametrize("weights", ["full", "int8", "int4"])
@@ -135,7 +139,7 @@ def test_greedy_output_of_native_kernels_is_that_of_pytorch(native_model, weight
     assert run(native_model.cheaper(weights), [prompt])[0] == expected
 
 
-@pytest.mark.parametrize("config", [PLAIN, CONFIGS[2], CONFIGS[3], EAGLE3, *QUANTIZED], ids=str)
+@pytest.mark.parametrize("config", [PLAIN, CONFIGS[2], CONFIGS[3], EAGLE3, DFLASH, *QUANTIZED], ids=str)
 def test_greedy_output_of_native_kernels_is_plain_greedy_output_for_batches_of_1_to_8(native_model, config):
     prompts = [random_prompt(length, seed=length) for length in (3, 61, 15, 100, 33, 90, 7, 48)]
     plain = [run(native_model, [prompt])[0][0] for prompt in prompts]

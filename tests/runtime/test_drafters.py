@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoding import exact_pairs, joint_frequencies, p_value, run
 from made import made_profile
-from tiny import HEAD, prefilled, random_prompt, tiny_model, with_head
+from tiny import BLOCK_HEAD, HEAD, prefilled, random_prompt, tiny_model, with_block_head, with_head
 
 from planner.cost.memory import counted_bytes, features_bytes, full_cache_bytes
 from planner.measurements import DrafterModel
@@ -49,6 +49,11 @@ DRAFTS = {
     "own, int8": own(SparseKV(budget=21, recent=9), 3, weights="int8"),
     "eagle3": DraftConfig(drafter=HEAD, draft_len=3),
     "eagle3, one draft": DraftConfig(drafter=HEAD, draft_len=1),
+    "dflash": DraftConfig(drafter=BLOCK_HEAD, draft_len=4),
+    "dflash, one draft": DraftConfig(drafter=BLOCK_HEAD, draft_len=1),
+    "dflash, more than a block": DraftConfig(drafter=BLOCK_HEAD, draft_len=8),
+    "dflash, window": DraftConfig(drafter=BLOCK_HEAD, kv=SparseKV(budget=20, sink=4, recent=8, storage="evict"), draft_len=3),
+    "dflash, small window": DraftConfig(drafter=BLOCK_HEAD, kv=SparseKV(budget=5, sink=2, recent=3, storage="evict"), draft_len=5),
 }
 each = pytest.mark.parametrize("config", DRAFTS.values(), ids=DRAFTS)
 
@@ -60,10 +65,10 @@ def target_for(drafter, sharpness=1.5):
     for dtype in (None, "bfloat16"):
         small = tiny_model(seed=5, sharpness=1.5, num_layers=1, intermediate_size=64)
         target.beside["one layer", dtype] = small if dtype is None else small.bfloat16()
-    if drafter != HEAD:  # with a head beside it, a target's caches keep hidden states, whoever drafts
+    if drafter not in (HEAD, BLOCK_HEAD):  # with a head beside it, a target's caches keep hidden states, whoever drafts
         return target
     with tempfile.TemporaryDirectory() as folder:
-        return with_head(target, Path(folder) / "head")
+        return (with_head if drafter == HEAD else with_block_head)(target, Path(folder) / "head")
 
 
 @pytest.fixture
@@ -131,12 +136,13 @@ def test_predicted_bytes_are_those_that_the_drafter_holds(model, config, batch):
         small = drafting_model(drafter, model)
         dtype, size = dtype_name(small.dtype), model.extra_nbytes(small)
         taps = list(getattr(small, "taps", ()))
-        models = [DrafterModel(drafter=drafter, spec=small.spec, fingerprint=small.fingerprint, weights_bytes=size, dtype=dtype, taps=taps)]
+        own = {"dtype": dtype, "taps": taps, "block_size": getattr(small, "block_size", 0)}
+        models = [DrafterModel(drafter=drafter, spec=small.spec, fingerprint=small.fingerprint, weights_bytes=size, **own)]
     profile = made_profile(target=model.spec, weights_bytes=model.nbytes, drafter_models=models)
     workload = Workload(context_len=length, output_len=NEW_TOKENS, sampler=GREEDY, batch=batch)
     without = DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=config.draft_len)
     transient = 0
-    if drafter == HEAD:  # what the target's cache keeps for it
+    if drafter in (HEAD, BLOCK_HEAD):  # what the target's cache keeps for it
         transient = features_bytes(model.spec, "float32", len(models[0].taps), capacity=length + NEW_TOKENS + config.draft_len, batch=batch)
     if drafter.kind == "draft_model" and isinstance(config.kv, SparseKV) and config.kv.storage == "evict":
         transient = full_cache_bytes(models[0].spec, models[0].dtype, capacity=length)  # a prompt's keys until they are chosen from

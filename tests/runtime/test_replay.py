@@ -10,14 +10,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tiny import HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_head
+from tiny import BLOCK_HEAD, HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_block_head, with_head
 
 from planner.cost.renewal import expected_rounds
 from planner.profiler.acceptance import replay as stored_replay
 from planner.profiler.acceptance import write_texts
 from planner.profiler.texts import Prompt
 from planner.runtime.decode import cache_capacity, decode
-from planner.runtime.drafters import draft_model, eagle3, make_drafter, self_sparse
+from planner.runtime.drafters import dflash, draft_model, eagle3, make_drafter, self_sparse
 from planner.runtime.drafters.protocol import TargetText
 from planner.runtime.model import prefill
 from planner.runtime.sampling import probabilities
@@ -53,14 +53,19 @@ OWN_POLICIES = [
     SparseKV(budget=21, recent=9, selection="chunk", refresh=1), SparseKV(budget=40, selection="snapkv", refresh=7),
 ]  # fmt: skip
 EAGLE3 = DraftConfig(drafter=HEAD, draft_len=K)
-CONFIGS = [*map(sparse, POLICIES), ngram(), *map(beside, OWN_POLICIES), EAGLE3]
+DFLASH = [
+    DraftConfig(drafter=BLOCK_HEAD, draft_len=K),
+    DraftConfig(drafter=BLOCK_HEAD, draft_len=K, kv=SparseKV(budget=4, sink=1, recent=2, storage="evict")),
+    DraftConfig(drafter=BLOCK_HEAD, draft_len=K, kv=SparseKV(budget=20, sink=4, recent=8, storage="evict")),
+]
+CONFIGS = [*map(sparse, POLICIES), ngram(), *map(beside, OWN_POLICIES), EAGLE3, *DFLASH]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     target = tiny_model(seed=5, sharpness=1.1)
     target.beside["one layer", None] = tiny_model(seed=5, sharpness=1.1, num_layers=1)  # the target's first: it agrees now and then
-    return with_head(target, tmp_path_factory.mktemp("model") / "head")
+    return with_block_head(with_head(target, tmp_path_factory.mktemp("model") / "head"), tmp_path_factory.mktemp("block") / "head")
 
 
 def written(model, prompt, sampler, count=1, output_len=T, seed=0, stop_tokens=()) -> list[TargetText]:
@@ -80,11 +85,11 @@ class Forced:
 
     def __init__(self, monkeypatch):
         self.tokens = []
-        for module in (self_sparse, draft_model, eagle3):
+        for module in (self_sparse, draft_model, eagle3, dflash):
             monkeypatch.setattr(module, "sample", self)
 
     def __call__(self, probs, uniform):
-        return torch.tensor([self.tokens.pop(0)])
+        return torch.tensor([self.tokens.pop(0) for _ in probs])
 
 
 @torch.inference_mode()
@@ -160,12 +165,12 @@ def test_replay_does_not_depend_on_how_many_tokens_the_rounds_before_committed(m
         np.testing.assert_allclose(replayed.accept_prob[starts], accept_prob[starts], atol=2e-4)
 
 
-@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3], CONFIGS[13], CONFIGS[16], EAGLE3], ids=str)
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3], CONFIGS[13], CONFIGS[16], EAGLE3, *DFLASH[:2]], ids=str)
 def test_replaying_in_smaller_passes_changes_nothing(model, config, monkeypatch):
     (text,) = written(model, random_prompt(60), WARM)
     whole = make_drafter(config, model).replay(text, K).accept_prob
     for starts in (1, 7):
-        for drafters in (self_sparse, eagle3):
+        for drafters in (self_sparse, eagle3, dflash):
             monkeypatch.setattr(drafters, "STARTS_PER_PASS", starts)
         monkeypatch.setattr(draft_model, "TOKENS_PER_PASS", starts)
         np.testing.assert_allclose(make_drafter(config, model).replay(text, K).accept_prob, whole, atol=2e-4)
@@ -255,7 +260,7 @@ def sampled_texts(model):
     return {sampler: written(model, random_prompt(60, seed=4), sampler, count=TEXTS, output_len=20, seed=10_000) for sampler in (WARM,)}
 
 
-@pytest.mark.parametrize("config", [sparse(POLICIES[0], 3), sparse(POLICIES[1], 4), sparse(POLICIES[3], 2), ngram(3), EAGLE3], ids=str)
+@pytest.mark.parametrize("config", [sparse(POLICIES[0], 3), sparse(POLICIES[1], 4), sparse(POLICIES[3], 2), ngram(3), EAGLE3, DFLASH[2]], ids=str)
 def test_sampled_rounds_are_those_of_the_decode_loop_on_average(model, sampled_texts, config):
     walk = walked(model, sampled_texts[WARM], config)
     _, drafted = decoded_rounds(model, random_prompt(60, seed=4), config, WARM, count=TEXTS, output_len=20)

@@ -1,6 +1,8 @@
 """Drafters by kind."""
 
 from planner.errors import BadInput
+from planner.runtime.dflash_head import DFlashHead
+from planner.runtime.drafters.dflash import DFlashDrafter
 from planner.runtime.drafters.draft_model import DraftModelDrafter
 from planner.runtime.drafters.eagle3 import EagleDrafter
 from planner.runtime.drafters.ngram import NgramDrafter
@@ -25,11 +27,14 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
         case "eagle3":
             head = drafting_model(config.drafter, model)
             return EagleDrafter(head, draft_len=config.draft_len, weights_bytes=model.extra_nbytes(head))
+        case "dflash":
+            head = drafting_model(config.drafter, model)
+            return DFlashDrafter(head, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(head))
         case "draft_model":
             return DraftModelDrafter(drafting_model(config.drafter, model), config.kv, model.spec.vocab_size, draft_len=config.draft_len, batch=batch)
 
 
-def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer | EagleHead:
+def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer | EagleHead | DFlashHead:
     """The model that a drafter runs: the one loaded beside the target, or the target or a cheaper copy of it.
 
     BadInput for a vocabulary that cannot be.

@@ -32,10 +32,7 @@ class EagleDrafter:
         return self._weights_bytes + (0 if self.cache is None else self.cache.nbytes)
 
     def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
-        if not set(self.taps) <= set(target_cache.taps):
-            raise ValueError(
-                f"the target's cache must keep the output of layers {self.taps}, got {target_cache.taps}; make it after loading the head"
-            )
+        target_cache.check_keeps(self.taps)
         self._target_cache = target_cache
         self.cache = self.head.new_cache(target_cache.capacity, batch=len(histories))
         for b, history in enumerate(histories):
