@@ -298,11 +298,11 @@ class DrafterSpec(Spec, kw_only=True):
 
     def __post_init__(self):
         if self.kind not in LOADED and self.dtype is not None:
-            raise ValueError(f"a dtype goes with drafters {_names(LOADED)} and with no other, got drafter {self.kind}")
+            raise ValueError(f"a dtype goes with drafters {listed(LOADED)} and with no other, got drafter {self.kind}")
         if (self.kind in LOADED) != (self.path is not None):
-            raise ValueError(f"a path goes with drafters {_names(LOADED)} and with no other, got drafter {self.kind} with path {self.path}")
+            raise ValueError(f"a path goes with drafters {listed(LOADED)} and with no other, got drafter {self.kind} with path {self.path}")
         if self.kind not in QUANTIZED and self.weights != "full":
-            raise ValueError(f"weights go with drafters {_names(QUANTIZED)} and with no other, got drafter {self.kind}")
+            raise ValueError(f"weights go with drafters {listed(QUANTIZED)} and with no other, got drafter {self.kind}")
         if self.kind != "self_sparse" and self.vocab is not None:
             raise ValueError(f"a vocab goes with drafter self_sparse and with no other, got drafter {self.kind}")
 
@@ -318,8 +318,9 @@ CACHED = ("self_sparse", "draft_model", "dflash")  # drafters whose cache may be
 QUANTIZED = ("self_sparse", "draft_model", "dflash")  # drafters whose matrices may have fewer bits than they were loaded with
 
 
-def _names(kinds: tuple[str, ...]) -> str:
-    return f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+def listed(kinds: tuple[str, ...], last: str = "and") -> str:
+    """Several kinds in a sentence."""
+    return f"{', '.join(kinds[:-1])} {last} {kinds[-1]}"
 
 
 NO_DRAFTER = DrafterSpec(kind="none")

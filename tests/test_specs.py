@@ -75,6 +75,7 @@ CONFIGS = [
         drafter=DrafterSpec(kind="draft_model", path="/models/small"), draft_len=2, kv=SparseKV(budget=64, selection="snapkv", storage="evict")
     ),
     DraftConfig(drafter=DrafterSpec(kind="eagle3", path="head"), draft_len=5),
+    DraftConfig(drafter=DrafterSpec(kind="dflash", path="block head", weights="int8"), draft_len=7, kv=SparseKV(budget=64, storage="evict")),
 ]
 
 
@@ -458,6 +459,7 @@ def test_configurations_and_policies_in_a_few_words():
     assert [describe(config) for config in CONFIGS] == [
         "off", "ngram K=4", "ngram K=4", "self_sparse window 64 K=1024", "self_sparse chunk 513 K=3", "self_sparse retrieval 513 refresh 64 K=3",
         "draft_model small int4 K=2", "draft_model small snapkv 64 evict K=2", "eagle3 head K=5",
+        "dflash block head int8 window 64 evict K=7",
     ]  # fmt: skip
     assert describe_kv(FullKV()) == "full kv"
 
@@ -504,10 +506,13 @@ def test_drafters_out_of_range_are_refused_on_reading(change):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "draft_model"}, "a path goes with drafters draft_model and eagle3 and with no other, got drafter draft_model with path None"),
+        (
+            {"kind": "draft_model"},
+            "a path goes with drafters draft_model, eagle3 and dflash and with no other, got drafter draft_model with path None",
+        ),
         ({"kind": "eagle3"}, "got drafter eagle3 with path None"),
         ({"kind": "ngram", "path": "small"}, "got drafter ngram with path small"),
-        ({"kind": "eagle3", "path": "head", "weights": "int8"}, "weights go with drafters self_sparse and draft_model"),
+        ({"kind": "eagle3", "path": "head", "weights": "int8"}, "weights go with drafters self_sparse, draft_model and dflash"),
         ({"kind": "draft_model", "path": "small", "vocab": 100}, "a vocab goes with drafter self_sparse"),
     ],
 )

@@ -25,6 +25,7 @@ from planner.specs import (
     checked,
     describe_drafter,
     describe_kv,
+    listed,
     usual_storage,
 )  # fmt: skip
 from planner.units import parse_numbers, words
@@ -53,7 +54,7 @@ def _policy(asked: Asked, profiled: Sequence[KVPolicy]) -> KVPolicy:
         if said and asked.drafter in CACHED:
             raise BadInput(f"{said[0]} goes with a kv budget, got none; give --kv-budget or drop it")
         if said:
-            raise BadInput(f"{said[0]} goes with drafter {' or '.join(CACHED)}, got drafter {asked.drafter}; drop it")
+            raise BadInput(f"{said[0]} goes with drafter {listed(CACHED, 'or')}, got drafter {asked.drafter}; drop it")
         return FullKV()
     check_selection(asked.selection)
     # Policies but for their budget; several choices with refresh and without are several.
@@ -78,7 +79,7 @@ def drafter_spec(kind: str, path: str | None, dtype: str | None, weights: str, v
         raise BadInput(f"drafter {kind} has a checkpoint of its own, got none; give --draft-model PATH")
     if kind not in LOADED and path is not None:
         raise BadInput(
-            f"a draft model goes with --drafter {' or '.join(LOADED)}, got drafter {kind} with {path}; give one of them or drop --draft-model"
+            f"a draft model goes with --drafter {listed(LOADED, 'or')}, got drafter {kind} with {path}; give one of them or drop --draft-model"
         )
     return valid(DrafterSpec, kind=kind, path=path, dtype=dtype, weights=weights, vocab=vocab)
 

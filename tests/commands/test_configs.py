@@ -27,10 +27,10 @@ def test_a_folder_is_the_same_however_it_is_spelled(path):
     ("asked", "match"),
     [
         ({"drafter": "eagle3"}, "drafter eagle3 has a checkpoint of its own, got none; give --draft-model PATH"),
-        ({"drafter": "none", "draft_model": "small"}, "goes with --drafter draft_model or eagle3, got drafter none with small"),
+        ({"drafter": "none", "draft_model": "small"}, "goes with --drafter draft_model, eagle3 or dflash, got drafter none with small"),
         (
             {"drafter": "eagle3", "draft_model": "head", "kv_budget": 64},
-            "--kv-budget goes with drafter self_sparse or draft_model, got drafter eagle3; drop",
+            "--kv-budget goes with drafter self_sparse, draft_model or dflash, got drafter eagle3; drop",
         ),
         ({"drafter": "draft_model", "draft_model": "small", "recent": 64}, "--recent goes with a kv budget, got none; give --kv-budget or drop it"),
         ({"drafter": "ngram"}, "got 0 with ngram; set --draft-len"),
