@@ -1,14 +1,14 @@
 """The best tree of fixed shape, when all that is known is how often the first, second, .. candidate of a node is accepted.
 
 Source: Sequoia (arXiv:2402.12374), its dynamic programme over nodes and depth. Engines that take the shape of a tree as a
-setting need it; where every round has probabilities of its own, draft_tree.py does better.
+setting need it; where every round has probabilities of its own, draft_trees.py does better.
 
 R  candidates     N  nodes, the root excluded     D  drafted levels
 """
 
 import numpy as np
 
-from planner.cost.draft_tree import DraftTree
+from planner.draft_trees import DraftTree
 
 
 def best_in_rank_order(

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from planner.cost.draft_tree import best_first, choose_size, choose_sizes, greedy_stop, long_run_rate
+from planner.cost.draft_tree import fit_calibration, long_run_rate
 from planner.cost.static_tree import best_in_rank_order
-from planner.cost.tree_calibration import fit_calibration
+from planner.draft_trees import best_first, choose_size, choose_sizes, greedy_stop
 from planner.specs import Calibration, TreeCosts
 
 seeded = settings(derandomize=True, deadline=None)
