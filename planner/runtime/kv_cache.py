@@ -20,6 +20,24 @@ class Ancestors(NamedTuple):
 
     visible: Tensor  # [B, n, n] bool: whether new token i sees new token j, itself included
 
+    @classmethod
+    def of(
+        cls,
+        parents: Tensor,  # [B, N], -1: children of the root
+        depth: int,  # levels at most, the root excluded
+    ) -> "Ancestors":  # n = N + 1, the root first
+        """Of trees whose nodes say which one they stand behind."""
+        B, N = parents.shape
+        reached = torch.eye(N + 1, device=parents.device).repeat(B, 1, 1)
+        reached[:, 1:].scatter_(2, parents[..., None] + 1, 1.0)
+        for _ in range(max(0, depth - 1).bit_length()):  # each step doubles how far back is seen
+            reached = (reached @ reached).clamp(max=1.0)
+        return cls(reached > 0)
+
+    @property
+    def depths(self) -> Tensor:  # [B, n]
+        return self.visible.sum(-1) - 1
+
 
 Mask = Tensor | Ancestors | None  # a tensor [1 or B, 1, n, S] is added to the scores; None: causal behind each stream's committed tokens
 
