@@ -78,6 +78,54 @@ class AcceptanceSample(Spec, kw_only=True):
     drafted: Packed  # [starts]: tokens drafted by a round behind that token
 
 
+PER_HALVING = 16  # steps of a path probability: 4 % each, down to 1e-5
+NO_NODE = 255
+
+
+class TreeSample(Spec, kw_only=True):
+    """What trees of one drafter would have had accepted along one text, a round starting behind each token.
+
+    The target chooses at each node and the text is what it chose, so this is exact: a round behind s with a tree of n nodes
+    writes the tokens whose smallest tree has at most n nodes, and one more.
+    """
+
+    text: Natural  # index into texts
+    drafter: DrafterSpec
+    kv: KVPolicy
+    draft_len: Annotated[int, Meta(ge=1, le=255)]  # levels
+    sizes: Packed  # [starts, draft_len]: nodes of the smallest tree that goes along the text down to each level; 0: none that was looked at
+    probs: Packed  # [starts, max_size]: path probabilities of the nodes, best first, as the drafter has them: -16 log2(p), 255 where there is no node
+
+    def __post_init__(self):
+        if len(self.sizes.shape) != 2 or len(self.probs.shape) != 2 or self.sizes.shape != [self.probs.shape[0], self.draft_len]:
+            raise ValueError(f"sizes must hold {self.draft_len} levels of as many starts as probs, got {self.sizes.shape} and {self.probs.shape}")
+        if not 1 <= self.max_size <= 255:
+            raise ValueError(f"trees of 1 to 255 nodes can be stored, got {self.max_size}")
+
+    @property
+    def max_size(self) -> int:
+        return self.probs.shape[1]
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        text: int,
+        drafter: DrafterSpec,
+        kv: KVPolicy,
+        sizes: np.ndarray,  # [starts, draft_len]
+        probs: np.ndarray,  # [starts, max_size], 0 where there is no node
+    ) -> "TreeSample":
+        steps = np.clip(np.round(-PER_HALVING * np.log2(np.maximum(probs, 1e-30))), 0, NO_NODE - 1)
+        packed = Packed.pack(np.where(probs > 0, steps, NO_NODE))
+        return cls(text=text, drafter=drafter, kv=kv, draft_len=sizes.shape[1], sizes=Packed.pack(sizes), probs=packed)
+
+    def node_probs(self) -> np.ndarray:
+        """[starts, max_size] float64, 0 where there is no node."""
+        steps = self.probs.unpack()
+        return np.where(steps == NO_NODE, 0.0, 2.0 ** (-steps.astype(float) / PER_HALVING))
+
+
 class DrafterModel(Spec, kw_only=True):
     """What a drafter with a checkpoint of its own ran."""
 
@@ -98,12 +146,13 @@ class RoundSample(Spec, kw_only=True):
 
     drafter: DrafterSpec
     kv: KVPolicy
-    draft_len: DraftLen
+    draft_len: DraftLen  # of a tree: levels
+    tree_size: Annotated[int, Meta(ge=0, le=255)] = 0  # nodes that were verified; 0: a chain
     context_len: Count  # prompt tokens
     batch: Count = 1  # streams side by side
     role: Literal["cell", "drift"] = "cell"  # drift: the first cell again, at the end
     position: list[Natural]  # committed tokens when the round began, mean over streams
-    drafted: list[DraftLen]  # by the stream that drafted most: the pass is as wide for all
+    drafted: list[DraftLen]  # by the stream that drafted most, of a tree its nodes: the pass is as wide for all
     draft_s: list[Seconds]  # until the drafts are there
     verify_s: list[Seconds]  # target pass and accept rule, up to the read back to the host
     commit_s: list[Seconds]  # caches and bookkeeping
@@ -201,6 +250,7 @@ class Profile(Spec, kw_only=True):
     max_draft_len: Annotated[int, Meta(ge=1, le=255)]  # what a byte of `drafted` can say
     texts: list[Text]
     acceptance: list[AcceptanceSample]
+    trees: list[TreeSample] = []  # none where no tree sizes were asked for
     rounds: list[RoundSample]
     prefill: Annotated[list[PrefillSample], Meta(min_length=1)]
     memory: list[MemorySample]
@@ -217,6 +267,11 @@ class Profile(Spec, kw_only=True):
             starts = self.texts[sample.text].output_len - 1
             if sample.accept_prob.shape != [starts, self.max_draft_len] or sample.drafted.shape != [starts]:
                 raise ValueError(f"acceptance[{index}] must hold {starts} starts x {self.max_draft_len} drafts, got {sample.accept_prob.shape}")
+        for index, sample in enumerate(self.trees):
+            if sample.text >= len(self.texts):
+                raise ValueError(f"trees[{index}].text must be below {len(self.texts)}, the number of texts, got {sample.text}")
+            if sample.sizes.shape[0] != (starts := self.texts[sample.text].output_len - 1):
+                raise ValueError(f"trees[{index}] must hold {starts} starts, got {sample.sizes.shape[0]}")
         if not any(sample.draft_len == 0 for sample in self.rounds):
             raise ValueError("rounds must hold plain decoding (draft_len 0), the baseline of every speedup")
 

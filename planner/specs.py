@@ -404,6 +404,11 @@ class DraftConfig(Spec, kw_only=True):
         if self.tree is not None and kind in ("none", "ngram"):
             raise ValueError(f"a tree is made of a drafter's probabilities, {kind} has none; take another drafter, or drop the tree")
 
+    @property
+    def verified(self) -> int:
+        """Most drafted tokens that the target verifies in a round: those of a chain, or the nodes of a tree."""
+        return self.draft_len if self.tree is None else self.tree.max_size
+
 
 PLAIN = DraftConfig(drafter=NO_DRAFTER)
 

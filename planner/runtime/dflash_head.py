@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from planner.errors import BadInput
 from planner.runtime.fields import Fields, read_json
 from planner.runtime.head_files import check_folder, check_taps, check_tensors, listed_layers, read_tensors
-from planner.runtime.kv_cache import KVCache
+from planner.runtime.kv_cache import KVCache, Mask
 from planner.runtime.linear import Linear, Matrix, frozen, quantized
 from planner.runtime.model import Layer, Transformer, build_layer
 from planner.runtime.rope import Rotation, attention_factor, inverse_frequency, rotation
@@ -98,7 +98,7 @@ class DFlashHead(nn.Module):
         tokens: Tensor,  # [B, n]: one block or several
         positions: Tensor,  # [B, n]
         cache: KVCache,  # contexts committed
-        mask: Tensor,  # as Transformer.forward takes it; the usual one would be causal
+        mask: Mask,  # as Transformer.forward takes it; the usual one would be causal
     ) -> Tensor:  # [B, n, C]
         """Hidden states after the last norm; writes the entries' keys and values into the cache without committing them."""
         x = self.kernels.embed(tokens, self.embedding).to(self.dtype)

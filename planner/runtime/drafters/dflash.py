@@ -2,32 +2,36 @@
 
 The cache holds the contexts of committed tokens, made of the target's hidden states; the block's own keys and values end
 with the round. Positions of a block are drawn independently of each other, each from its own distribution, so
-rejection sampling is exact; and the distributions follow from where the round began, which the replay goes through.
+rejection sampling of a chain is exact, and every prefix of candidates has the product of its probabilities, which is
+what a tree is made of (DDTree, arXiv:2604.12989). All follow from where the round began, which the replay goes through.
 
 A block is always as long as the head was trained for, and a round drafts the first draft_len of it, at most
 block_size - 1, so that a replay at one length serves all shorter ones. Published code shortens the block instead.
 """
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from planner.runtime.dflash_head import DFlashHead
-from planner.runtime.drafters.protocol import Draft, Replay, TargetText, no_draft
-from planner.runtime.kv_cache import KVCache, OwnKVCache, OwnSparseKVCache, additive_mask
+from planner.runtime.drafters.protocol import Draft, Replay, TargetText, TreeReplay, no_draft
+from planner.runtime.drafters.trees import candidates, draft_tree, memberships
+from planner.runtime.kv_cache import Ancestors, KVCache, OwnKVCache, OwnSparseKVCache, additive_mask
 from planner.runtime.model import PREFILL_CHUNK
 from planner.runtime.sampling import probabilities, probability_of, sample, uniforms
 from planner.runtime.verify import accept_prob_of
-from planner.specs import FullKV, KVPolicy, Sampler, SparseKV
+from planner.specs import FullKV, KVPolicy, Sampler, SparseKV, Tree
 
 STARTS_PER_PASS = 16  # rounds replayed in one forward pass, block_size rows each: bounds its mask and its logits
 
 
 class DFlashDrafter:
-    def __init__(self, head: DFlashHead, policy: KVPolicy, *, draft_len: int, batch: int, weights_bytes: int):
+    def __init__(self, head: DFlashHead, policy: KVPolicy, *, draft_len: int, batch: int, weights_bytes: int, tree: Tree | None = None):
         """weights_bytes: what the head does not share with the target."""
         self.head, self.policy, self.taps, self.draft_len, self._weights_bytes = head, policy, head.taps, draft_len, weights_bytes
-        self._batch = batch
+        self._batch, self._tree = batch, tree
         self.cache: OwnKVCache | OwnSparseKVCache | None = None  # made at start, which knows how many tokens there may be
         self._target_cache: KVCache | None = None
 
@@ -48,14 +52,17 @@ class DFlashDrafter:
             self.cache.started(b, len(history))
 
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
-        uniform = uniforms(generators, self.draft_len)  # as many whatever is drafted: neighbours must not change what a stream draws
         B, K = len(histories), min(max(draft_lens), self.head.block_size - 1)
+        levels = [min(K, n) for n in draft_lens]
         self._read(histories)
+        if self._tree is not None and K:
+            return draft_tree(*candidates(self._logits(histories, K), sampler, self._tree.max_size), levels, self._tree, "all")
+        uniform = uniforms(generators, self.draft_len)  # as many whatever is drafted: neighbours must not change what a stream draws
         if K == 0:
             return no_draft(B, self.head.spec.vocab_size, self.head.device)
-        probs = self._distributions(histories, K, sampler)
+        probs = probabilities(self._logits(histories, K), sampler)
         tokens = sample(probs.flatten(0, 1), uniform[:, :K].flatten()).view(B, K)
-        return Draft(tokens, probs, [min(K, n) for n in draft_lens])
+        return Draft(tokens, probs, levels)
 
     def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
         pass  # the next proposal reads the histories, and the hidden states that the target has left in its cache
@@ -75,17 +82,25 @@ class DFlashDrafter:
             accept_prob[starts.tolist(), :K] = w.cpu().numpy()
         return Replay(accept_prob, np.full(T - 1, K))
 
-    def _distributions(self, histories: list[list[int]], K: int, sampler: Sampler) -> Tensor:
-        """What the head says of the K tokens behind each history, all but its last read: [B, K, V] float32."""
-        head, cache = self.head, self.cache
+    @torch.inference_mode()
+    def replay_trees(self, text: TargetText, draft_lens: Sequence[int], max_size: int) -> list[TreeReplay]:
+        """The same rounds, as trees of the candidates at each position."""
+        levels = [min(draft_len, self.head.block_size - 1) for draft_len in draft_lens]
+        rolled = [tuple(part.cpu().numpy() for part in candidates(logits, text.sampler, max_size)) for _, logits in self._replayed(text, max(levels))]
+        found = memberships(rolled, text.tokens, levels, max_size, "all")
+        return [
+            TreeReplay(np.pad(own.sizes, ((0, 0), (0, draft_len - own.sizes.shape[1]))), own.probs)
+            for own, draft_len in zip(found, draft_lens, strict=True)
+        ]
+
+    def _logits(self, histories: list[list[int]], K: int) -> Tensor:
+        """What the head says of the K tokens behind each history, all but its last read: [B, K, V]."""
+        head, n, B = self.head, self.head.block_size, len(histories)
         last = torch.tensor([history[-1] for history in histories], device=head.device)
         first = torch.tensor([len(history) - 1 for history in histories], device=head.device)
-        n, S = head.block_size, max(cache.lengths) + head.block_size
-        # Of the slots, a stream's block sees all up to the end of itself.
-        ends = torch.tensor(cache.lengths, device=head.device)[:, None] + n
-        mask = additive_mask(torch.arange(S, device=head.device) < ends, cache.keys.dtype)[:, None, None].expand(-1, 1, n, -1)
-        hidden = head(head.blocks(last), first[:, None] + torch.arange(n, device=head.device), cache, mask)
-        return probabilities(head.logits(hidden[:, 1 : K + 1]), sampler)
+        whole = Ancestors(torch.ones(B, n, n, dtype=torch.bool, device=head.device))
+        hidden = head(head.blocks(last), first[:, None] + torch.arange(n, device=head.device), self.cache, whole)
+        return head.logits(hidden[:, 1 : K + 1])
 
     def _read(self, histories: list[list[int]]) -> None:
         """Commit the contexts of what the target has committed since the last round."""
@@ -97,7 +112,7 @@ class DFlashDrafter:
             self.head.inject(target_cache.features_at(positions, self.taps), positions, cache)
             cache.keep(counts)
 
-    def _replayed(self, text: TargetText, K: int):
+    def _replayed(self, text: TargetText, K: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Starts [S] and the logits [S, K, V] of their rounds, some at a time."""
         T, L, n, device = len(text.tokens), len(text.prompt), self.head.block_size, self.head.device
         num_contexts = L + T - 2
