@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from planner.runtime.drafters.protocol import Draft, Replay, TargetText, no_draft
 from planner.runtime.drafters.self_sparse import queries_of
-from planner.runtime.kv_cache import KVCache, OwnKVCache, OwnSparseKVCache, SparseKVCache, additive_mask
+from planner.runtime.kv_cache import KVCache, OwnKVCache, OwnSparseKVCache, SparseKVCache, forced_mask
 from planner.runtime.model import Transformer, prefill
 from planner.runtime.sampling import probabilities, probability_of, sample, uniforms
 from planner.runtime.verify import accept_prob_of
@@ -140,18 +140,11 @@ class DraftModelDrafter:
         if isinstance(policy, SparseKV):
             cache = SparseKVCache(self.model.spec, policy, draft_len=len(read), batch=1, dtype=self.model.dtype, device=device)
             cache.select(own, 0, read.start, queries_of(self.model, self._readable_ids(history), own, 0, read.start))
-            num_fixed = policy.num_fixed(read.start)
-            before = cache.lengths[0] - num_fixed
-            slot_position = torch.arange(len(read) + before, device=device) + read.start - before  # of the slots behind the fixed ones
         begin, tokens, found = cache.lengths[0], torch.tensor(history, device=device), []
         for positions in torch.arange(read.start, read.stop, device=device).split(TOKENS_PER_PASS):
-            mask, n = None, len(positions)
-            if isinstance(policy, SparseKV):
-                held = slot_position[: cache.lengths[0] + n - num_fixed]
-                window = (held <= positions[:, None]) & (held >= positions[:, None] - (policy.budget - num_fixed))  # [n, held]
-                mask = additive_mask(torch.cat([window.new_ones(n, num_fixed), window], 1), cache.keys.dtype)[None, None]
+            mask = forced_mask(policy, read.start, positions, cache.keys.dtype) if isinstance(policy, SparseKV) else None
             hidden = self.model(self._readable(tokens[positions])[None], positions[None], cache, mask).hidden[0]
-            cache.commit([n])
+            cache.commit([len(positions)])
             q = probability_of(self._logits(hidden), tokens[positions + 1], text.sampler)
             found.append(accept_prob_of(text.token_probs[positions - L], q))
         if isinstance(policy, SparseKV):
