@@ -33,6 +33,7 @@ for _command in (
     "replay",
     "generate",
     "import_",
+    "train",
     "quickstart",
 ):  # as --help lists them
     import_module(f"planner.cli.{_command}")

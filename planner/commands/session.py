@@ -29,7 +29,7 @@ class Session(NamedTuple):
 
 def open_session(
     model: str, *, dtype: str = "bfloat16", device: str | None = None, execution: Execution | None = None, weights: Weights = "full",
-    rope_theta: float | None = None, max_context_len: int | None = None,
+    rope_theta: float | None = None, max_context_len: int | None = None, whole: bool = False,
 ) -> Session:  # fmt: skip
     """Load a model (a folder, a GGUF file, or smollm2) onto a device. BadInput names what is wrong with it.
 
@@ -39,7 +39,7 @@ def open_session(
     weights    full (in dtype), int8 or int4: a quantised target is then the target, and its output is the truth
     rope_theta, max_context_len   replace the checkpoint's, as load_checkpoint says
 
-    Under torchrun every process opens the same session, and holds its part of the model.
+    Under torchrun every process opens the same session, and holds its part of the model, or with `whole` all of it.
     """
     found = _find_device(device)
     import torch
@@ -61,7 +61,7 @@ def open_session(
     path = _located(model)
     tokenizer = load_tokenizer(path)
     given = {"rope_theta": rope_theta, "max_context_len": max_context_len}
-    if ranks.size == 1:
+    if ranks.size == 1 or whole:
         checkpoint = load_checkpoint(path, torch_dtype, found, **given)
         spec, target = checkpoint.spec, build_model(checkpoint, kernels, tokenizer.special_tokens)
     else:

@@ -49,16 +49,19 @@ def draw_prompts(
     taken = _taken(seen)
     by_kind = defaultdict(list)  # kind -> prompts of each of its files, shuffled
     for path, kind in zip(files, kinds_of(files), strict=True):
-        content = read_bytes(path, "dataset")
-        source = f"{path.name}#{hashlib.sha256(content).hexdigest()[:8]}"  # the same file elsewhere is still the same
-        prompts = [Prompt(kind, source, *slot) for slot in _slots(tokenizer, path, content, length)]
-        prompts = [prompt for prompt in prompts if not _overlaps(prompt, taken[source])]
+        prompts = _prompts(tokenizer, path, kind, length)
+        prompts = [prompt for prompt in prompts if not _overlaps(prompt, taken[prompt.source])]
         by_kind[kind].append([prompts[i] for i in rng.permutation(len(prompts))])
     available = sum(len(prompts) for files_of_kind in by_kind.values() for prompts in files_of_kind)
     if available < count:
         unseen = " that the profile did not see" if seen else ""
         raise BadInput(f"{count} prompts of {length} tokens{unseen} are needed, the dataset holds {available}; add files or lower --texts")
     return in_turn([in_turn(files_of_kind, available) for files_of_kind in by_kind.values()], count)
+
+
+def all_prompts(tokenizer: Tokenizer, files: list[Path], *, length: int) -> list[Prompt]:
+    """Every stretch of exactly `length` tokens that the files hold, file by file."""
+    return [prompt for path, kind in zip(files, kinds_of(files), strict=True) for prompt in _prompts(tokenizer, path, kind, length)]
 
 
 def digest(prompts: list[Prompt]) -> str:
@@ -70,6 +73,12 @@ def distinct_4grams(tokens: list[int]) -> float:
     """Share of distinct 4-grams; 1 for a text without any. Below 0.6 a text is repeating itself."""
     grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
     return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def _prompts(tokenizer: Tokenizer, path: Path, kind: str, length: int) -> list[Prompt]:
+    content = read_bytes(path, "dataset")
+    source = f"{path.name}#{hashlib.sha256(content).hexdigest()[:8]}"  # the same file elsewhere is still the same
+    return [Prompt(kind, source, *slot) for slot in _slots(tokenizer, path, content, length)]
 
 
 def _slots(tokenizer: Tokenizer, path: Path, content: bytes, length: int) -> Iterator[tuple[int, int, list[int]]]:

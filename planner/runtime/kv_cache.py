@@ -356,6 +356,21 @@ class OwnSparseKVCache(SparseKVCache):
         self.lengths = [self._length(b, end) for b, end in enumerate(self.ends)]
 
 
+def forced_mask(
+    policy: SparseKV,
+    chosen_at: int,  # committed tokens when the set was chosen; every token behind them has been read in turn
+    positions: Tensor,  # [n] of a pass over tokens that follow each other
+    dtype: torch.dtype,
+) -> Tensor:  # [1, 1, n, S]
+    """What tokens of a text that is already written see where none was forgotten: slots are the fixed tokens, then all from
+    the oldest of the window on. OwnSparseKVCache, which forgets, shows them the same."""
+    fixed = policy.num_fixed(chosen_at)
+    ring = policy.budget - fixed
+    held = torch.arange(chosen_at - min(ring, chosen_at - fixed), int(positions[-1]) + 1, device=positions.device)
+    window = (held <= positions[:, None]) & (held >= positions[:, None] - ring)  # [n, held]
+    return additive_mask(torch.cat([window.new_ones(len(positions), fixed), window], 1), dtype)[None, None]
+
+
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where visible, -inf elsewhere."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)

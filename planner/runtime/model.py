@@ -199,6 +199,12 @@ def prefill(
     chunk: int = PREFILL_CHUNK,
 ) -> Tensor:  # [B, vocab_size]
     """Process and commit the prompts; the logits of the token that follows each."""
+    return model.logits(read_prompts(model, prompts, cache, chunk))
+
+
+@torch.inference_mode()
+def read_prompts(model: Transformer, prompts: Tensor, cache: KVCache, chunk: int = PREFILL_CHUNK) -> Tensor:  # [B, hidden_size]
+    """The same without a head; the hidden states of the last tokens."""
     B, L = prompts.shape
     if L < 1:
         raise ValueError("a prompt needs at least one token")
@@ -207,4 +213,4 @@ def prefill(
         positions = torch.arange(start, start + n, device=prompts.device).expand(B, n)
         hidden = model(tokens, positions, cache, taps=cache.taps).hidden
         cache.commit([n] * B)
-    return model.logits(hidden[:, -1])
+    return hidden[:, -1]

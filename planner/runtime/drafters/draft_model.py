@@ -25,7 +25,7 @@ from torch.nn import functional
 from planner.runtime.drafters.protocol import Draft, Replay, TargetText, TreeReplay, no_draft
 from planner.runtime.drafters.self_sparse import queries_of
 from planner.runtime.drafters.trees import levels_for, memberships, rolled_out
-from planner.runtime.kv_cache import KVCache, OwnKVCache, OwnSparseKVCache, SparseKVCache, additive_mask
+from planner.runtime.kv_cache import KVCache, OwnKVCache, OwnSparseKVCache, SparseKVCache, additive_mask, forced_mask
 from planner.runtime.model import Transformer, prefill
 from planner.runtime.sampling import probability_of
 from planner.runtime.verify import accept_prob_of
@@ -203,13 +203,9 @@ class DraftModelDrafter:
             cache.take(own, read.start)
         begin, tokens, outputs = cache.lengths[0], torch.tensor(history, device=device), []
         for positions in torch.arange(read.start, read.stop, device=device).split(TOKENS_PER_PASS):
-            mask, n = None, len(positions)
-            if isinstance(policy, SparseKV):
-                held = first + torch.arange(cache.lengths[0] + n - num_fixed, device=device)
-                window = (held <= positions[:, None]) & (held >= positions[:, None] - (policy.budget - num_fixed))  # [n, held]
-                mask = additive_mask(torch.cat([window.new_ones(n, num_fixed), window], 1), cache.keys.dtype)[None, None]
+            mask = forced_mask(policy, read.start, positions, cache.keys.dtype) if isinstance(policy, SparseKV) else None
             outputs.append(self.model(self._readable(tokens[positions])[None], positions[None], cache, mask).hidden[0])
-            cache.commit([n])
+            cache.commit([len(positions)])
         if isinstance(policy, SparseKV):
             committed = slice(read.start, read.start + num_committed)
             own.keys[:, 0, :, committed] = cache.keys[:, 0, :, begin : begin + num_committed]
