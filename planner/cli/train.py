@@ -119,6 +119,63 @@ def multi_view(
     terminal.print_json({"log": log, "folder": str(out)}) if as_json else training.show_training(log, out)
 
 
+@trains.command("block-diffusion")
+def block_diffusion(
+    taught: Texts,
+    out: Out,
+    model: Model = "smollm2",
+    layers: Annotated[str | None, typer.Option(help="Layers of the target that the head begins as; default: the first and the last two.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens of a block: the last one and the masks behind it.")] = 8,
+    mask_token: Annotated[int | None, typer.Option(help="Token whose embedding is the mask's; default: the last special token.")] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="N:WEIGHT[,..]", help="KV budgets of blocks and how often each is drawn; all is no budget; default: all."),
+    ] = None,
+    anchors: Annotated[int, typer.Option(help="Blocks of a text in a step.")] = 64,
+    span: Annotated[int, typer.Option(help="Tokens of the stretch that they are drawn from.")] = 512,
+    decay: Annotated[float | None, typer.Option(help="Places of a block over which its loss weighs 1/e; default: the paper's.")] = None,
+    variant: Annotated[str, typer.Option(help="kl or sampling (for --temperature), or greedy (temperature 0).")] = "kl",
+    temperature: Annotated[float, typer.Option(help="That kl and sampling serve.")] = 1.0,
+    sampled: Annotated[int, typer.Option(help="Tokens of the vocabulary that a step's softmax samples beside the frequent ones; 0: all.")] = 4096,
+    steps: Steps = 1500,
+    learning_rate: LearningRate = 1e-3,
+    warmup: Warmup = 50,
+    clip: Clip = 1.0,
+    accumulation: Accumulation = 2,
+    autocast: Autocast = True,
+    save_every: SaveEvery = 100,
+    look_every: LookEvery = 200,
+    held_out: HeldOut = None,
+    device: Device = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """A head on the target's hidden states that drafts a whole block in one pass (DFlash). TEXTS need --taps."""
+    from planner.commands.configs import valid
+    from planner.commands.train_block_diffusion import train_block_diffusion
+    from planner.report import terminal, training
+    from planner.training.block_diffusion import BlockSettings
+    from planner.training.trainer import TrainSettings
+
+    drawn = [(None, 1.0)] if budgets is None else _weighted(budgets)
+    settings = valid(
+        BlockSettings, layers=[] if layers is None else parse_numbers(layers, int, "--layers"), mask_token=-1 if mask_token is None else mask_token,
+        block_size=block_size, anchors=anchors, span=span, budgets=drawn, decay=decay, variant=variant, temperature=temperature,
+        sampled=sampled or None, seed=seed,
+    )  # fmt: skip
+    schedule = valid(
+        TrainSettings, steps=steps, learning_rate=learning_rate, warmup=warmup, clip=clip, accumulation=accumulation, autocast=autocast,
+        save_every=save_every, seed=seed,
+    )  # fmt: skip
+    with terminal.progress("train block-diffusion", quiet=quiet) as progress:
+        log = train_block_diffusion(
+            model, taught, out, settings=settings, training=schedule, held_out=paths(held_out or []), look_every=look_every, device=device,
+            progress=progress,
+        )  # fmt: skip
+    terminal.print_json({"log": log, "folder": str(out)}) if as_json else training.show_training(log, out)
+
+
 @trains.command()
 def materialize(
     drafter: Annotated[str, typer.Argument(metavar="DRAFTER", help="A drafter's own layers: a file that training wrote, or smollm2-multi-view.")],
@@ -136,8 +193,8 @@ def materialize(
     terminal.print_json({"written": written}) if as_json else training.show_written(written)
 
 
-def _weighted(text: str | None) -> list[tuple[int, float]] | None:
-    """ "64:.4,128:.6" -> [(64, .4), (128, .6)]; none -> []."""
+def _weighted(text: str | None) -> list[tuple[int | None, float]] | None:
+    """ "64:.4,all:.6" -> [(64, .4), (None, .6)]; none -> []."""
     if text is None:
         return None
     if text == "none":
@@ -146,7 +203,7 @@ def _weighted(text: str | None) -> list[tuple[int, float]] | None:
     for part in text.split(","):
         budget, colon, weight = part.partition(":")
         try:
-            found.append((int(budget), float(weight) if colon else 1.0))
+            found.append((None if budget == "all" else int(budget), float(weight) if colon else 1.0))
         except ValueError:
             raise BadInput(f"--budgets are N:WEIGHT, separated by commas, or none, got {part!r}; write e.g. 64:0.4,128:0.6") from None
     return found

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from planner.errors import BadInput
 from planner.runtime.fields import Fields, read_json
 from planner.runtime.head_files import check_folder, check_taps, check_tensors, listed_layers, read_tensors
-from planner.runtime.kv_cache import KVCache, Mask
+from planner.runtime.kv_cache import KVCache, Mask, additive_mask
 from planner.runtime.linear import Linear, Matrix, frozen, quantized
-from planner.runtime.model import Layer, Transformer, build_layer
+from planner.runtime.model import Layer, Transformer, build_layer, layer_tensors
 from planner.runtime.rope import Rotation, attention_factor, inverse_frequency, rotation
 from planner.runtime.safetensors_folder import stored_tensors
 from planner.runtime.weights import layer_shapes, read_spec
@@ -169,6 +169,36 @@ def build_head(
         layers.append(build_layer(spec, part, target.kernels))
     fc = Linear(tensors["fc.weight"], target.kernels)
     return DFlashHead(spec, taps, block_size, mask_token, fingerprint, fc, tensors["hidden_norm.weight"], layers, tensors["norm.weight"], target)
+
+
+def blocks_mask(
+    sees: Tensor,  # [A, S] bool: which of S contexts each of A blocks sees
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # [1, 1, A * block_size, S + A * block_size]
+    """The mask of a pass over several blocks side by side: each sees its contexts and itself."""
+    own = torch.eye(len(sees), dtype=torch.bool, device=sees.device).repeat_interleave(block_size, 1)
+    return additive_mask(torch.cat([sees, own], 1).repeat_interleave(block_size, 0), dtype)[None, None]
+
+
+def published(head: DFlashHead, num_target_layers: int) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and tensors of a head, which load_head reads, in the head's dtype."""
+    spec = head.spec
+    if spec.rope_scaling is not None or spec.qkv_bias:
+        what = "rope scaling" if spec.rope_scaling is not None else "biases of queries and keys"
+        raise BadInput(f"a head is written without {what}, {spec.name} has them; take a target without")
+    config = {
+        "architectures": [ARCHITECTURE], "model_type": "qwen3" if spec.qk_norm else "llama", "attention_bias": False, "block_size": head.block_size,
+        NESTED: {"mask_token_id": head.mask_token, "target_layer_ids": list(head.taps)}, "dtype": str(head.dtype).removeprefix("torch."),
+        "head_dim": spec.head_dim, "hidden_act": "silu", "hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size,
+        "layer_types": ["full_attention"] * spec.num_layers, "max_position_embeddings": spec.max_context_len, "num_attention_heads": spec.num_heads,
+        "num_hidden_layers": spec.num_layers, "num_key_value_heads": spec.num_kv_heads, "num_target_layers": num_target_layers,
+        "rms_norm_eps": spec.rms_norm_eps, "rope_theta": spec.rope_theta, "tie_word_embeddings": spec.tie_embeddings, "vocab_size": spec.vocab_size,
+    }  # fmt: skip
+    tensors = {"fc.weight": head.fc.weights, "hidden_norm.weight": head.hidden_norm, "norm.weight": head.norm}
+    for index, layer in enumerate(head.layers):
+        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer_tensors(spec, layer).items()}
+    return config, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def evenly_spread(num_taps: int, num_layers: int) -> list[int]:

@@ -176,6 +176,23 @@ def build_layer(spec: ModelSpec, part: dict[str, Tensor], kernels: Kernels) -> L
     return Layer(*norms, *(Linear(matrix, kernels) for matrix in matrices), bias, *head_norms)
 
 
+def layer_tensors(spec: ModelSpec, layer: Layer) -> dict[str, Tensor]:
+    """The tensors that build_layer was given, of a layer that is not quantised."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    found = {"input_layernorm.weight": layer.attention_norm, "post_attention_layernorm.weight": layer.mlp_norm}
+    for name, part in zip("qkv", layer.qkv.weights.split([q, kv, kv]), strict=True):
+        found[f"self_attn.{name}_proj.weight"] = part
+    if layer.qkv_bias is not None:
+        for name, part in zip("qkv", layer.qkv_bias.split([q, kv, kv]), strict=True):
+            found[f"self_attn.{name}_proj.bias"] = part
+    if layer.q_norm is not None:
+        found |= {"self_attn.q_norm.weight": layer.q_norm, "self_attn.k_norm.weight": layer.k_norm}
+    found |= {"self_attn.o_proj.weight": layer.attention_out.weights, "mlp.down_proj.weight": layer.mlp_out.weights}
+    for name, part in zip(("gate", "up"), layer.gate_up.weights.chunk(2), strict=True):
+        found[f"mlp.{name}_proj.weight"] = part
+    return found
+
+
 def build_model(checkpoint: Checkpoint, kernels: Kernels | None = None, special_tokens: tuple[int, ...] = ()) -> Transformer:
     """A checkpoint's tensors, fused to four matrices a layer; eager PyTorch unless other kernels are given.
 

@@ -22,8 +22,8 @@ from planner.runtime.drafters.self_sparse import queries_of
 from planner.runtime.kernels import Kernels
 from planner.runtime.kv_cache import KVCache, SparseKVCache, forced_mask
 from planner.runtime.linear import Linear
-from planner.runtime.model import Layer, Transformer, read_prompts
-from planner.specs import ModelSpec, SparseKV
+from planner.runtime.model import Layer, Transformer, layer_tensors, read_prompts
+from planner.specs import SparseKV
 from planner.training.data import TaughtText, TaughtTexts
 from planner.training.losses import Candidates, Teacher, Variant, distilled
 from planner.training.trainer import Learnt
@@ -102,21 +102,8 @@ def trainable(drafter: Transformer) -> dict[str, nn.Parameter]:
 def own_weights(drafter: Transformer) -> dict[str, Tensor]:
     """The same under Hugging Face names, as files hold them."""
     found = {"model.norm.weight": drafter.norm}
-    spec: ModelSpec = drafter.spec
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     for index, layer in enumerate(drafter.layers):
-        at = f"model.layers.{index}."
-        found |= {at + "input_layernorm.weight": layer.attention_norm, at + "post_attention_layernorm.weight": layer.mlp_norm}
-        for name, part in zip("qkv", layer.qkv.weights.split([q, kv, kv]), strict=True):
-            found[f"{at}self_attn.{name}_proj.weight"] = part
-        if layer.qkv_bias is not None:
-            for name, part in zip("qkv", layer.qkv_bias.split([q, kv, kv]), strict=True):
-                found[f"{at}self_attn.{name}_proj.bias"] = part
-        if layer.q_norm is not None:
-            found |= {at + "self_attn.q_norm.weight": layer.q_norm, at + "self_attn.k_norm.weight": layer.k_norm}
-        found |= {at + "self_attn.o_proj.weight": layer.attention_out.weights, at + "mlp.down_proj.weight": layer.mlp_out.weights}
-        for name, part in zip(("gate", "up"), layer.gate_up.weights.chunk(2), strict=True):
-            found[f"{at}mlp.{name}_proj.weight"] = part
+        found |= {f"model.layers.{index}.{name}": tensor for name, tensor in layer_tensors(drafter.spec, layer).items()}
     return {name: tensor.detach() for name, tensor in found.items()}
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from planner.runtime.dflash_head import DFlashHead
+from planner.runtime.dflash_head import DFlashHead, blocks_mask
 from planner.runtime.drafters.protocol import Draft, Replay, TargetText, TreeReplay, no_draft
 from planner.runtime.drafters.trees import candidates, draft_tree, memberships
-from planner.runtime.kv_cache import Ancestors, KVCache, OwnKVCache, OwnSparseKVCache, additive_mask
+from planner.runtime.kv_cache import Ancestors, KVCache, OwnKVCache, OwnSparseKVCache
 from planner.runtime.model import PREFILL_CHUNK
 from planner.runtime.sampling import probabilities, probability_of, sample, uniforms
 from planner.runtime.verify import accept_prob_of
@@ -128,8 +128,7 @@ class DFlashDrafter:
             if isinstance(self.policy, SparseKV):
                 fixed = self.policy.num_fixed(L)
                 sees = sees & ((slot < fixed) | (slot >= committed - (self.policy.budget - fixed)))
-            sees_own = torch.eye(len(starts), dtype=torch.bool, device=device).repeat_interleave(n, 1)
-            mask = additive_mask(torch.cat([sees, sees_own], 1).repeat_interleave(n, 0), cache.keys.dtype)[None, None]
+            mask = blocks_mask(sees, n, cache.keys.dtype)
             blocks, positions = self.head.blocks(tokens[starts]), committed + torch.arange(n, device=device)
             hidden = self.head(blocks.view(1, -1), positions.view(1, -1), cache, mask).view(len(starts), n, -1)
             yield starts, self.head.logits(hidden[:, 1 : K + 1])
