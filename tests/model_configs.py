@@ -30,6 +30,10 @@ DEEPSEEK = BASE | {
     "vocab_size": 129280,
 }  # fmt: skip
 EAGLE = LLAMA | {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 32000}
+DFLASH = BASE | {  # whose tensors, by the header of its file, take 5,111,970,304 bytes
+    "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "num_hidden_layers": 5, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "hidden_size": 6656, "intermediate_size": 19968, "vocab_size": 202048, "dflash_config": {"target_layer_ids": [1, 13, 25, 37, 49]},
+}  # fmt: skip
 PAIRS = "num_layers=32,num_kv_heads=8,head_dim=128,weights_gib=14.96"
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from planner.commands.configs import valid
+from planner.commands.configs import HEADS, valid
 from planner.errors import BadInput, MissingExtra
 from planner.runtime.fields import MAX_CONTEXT, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, Fields, one_line, read_json
 from planner.runtime.model_spec import model_name
@@ -33,7 +33,7 @@ _OUTER = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings") 
 class Sized(NamedTuple):
     model: ModelSize
     notes: list[str]  # what was taken for granted
-    kind: Literal["draft_model", "eagle3"] = "draft_model"  # what it would be as a drafter
+    kind: Literal["draft_model", "eagle3", "dflash"] = "draft_model"  # what it would be as a drafter
 
 
 def config_size(path: Path, *, name: str, weights_bytes: int | None, kv_bytes_per_element: float | None) -> Sized:
@@ -76,7 +76,7 @@ def config_size(path: Path, *, name: str, weights_bytes: int | None, kv_bytes_pe
         intermediate_size=_optional(config, "intermediate_size", MAX_WIDTH), vocab_size=_optional(config, "vocab_size", MAX_VOCAB),
         max_context_len=_optional(config, "max_position_embeddings", MAX_CONTEXT),
     )  # fmt: skip
-    return Sized(model, notes, "eagle3" if _is_eagle3(config) else "draft_model")
+    return Sized(model, notes, _head_kind(config) or "draft_model")
 
 
 def gguf_size(path: Path, *, name: str, weights_bytes: int | None, kv_bytes_per_element: float | None) -> Sized:
@@ -180,7 +180,7 @@ def _computed_bytes(whole: Fields, config: Fields, element: float, notes: list[s
     layers = config.integer("num_hidden_layers", MAX_LAYERS)
     vocab = config.integer("vocab_size", MAX_VOCAB)
     tied = config.flag("tie_word_embeddings", kind.startswith(("gemma", "cohere")))
-    head = _is_eagle3(config)
+    head = _head_kind(config)
     if config.get("kv_lora_rank") is not None:
         rank, rope = config.integer("kv_lora_rank", MAX_WIDTH), config.integer("qk_rope_head_dim", MAX_HEAD_DIM)
         nope, value = config.integer("qk_nope_head_dim", MAX_HEAD_DIM), config.integer("v_head_dim", MAX_HEAD_DIM)
@@ -190,7 +190,7 @@ def _computed_bytes(whole: Fields, config: Fields, element: float, notes: list[s
         attention += hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
     else:
         kv_heads = config.integer("num_key_value_heads", MAX_HEADS, heads)
-        inputs = hidden * (2 if head else 1)  # the head of EAGLE-3 sees embedding and features side by side
+        inputs = hidden * (2 if head == "eagle3" else 1)  # the head of EAGLE-3 sees embedding and features side by side
         attention = inputs * head_dim * (heads + 2 * kv_heads) + heads * head_dim * hidden
     small = layers * hidden * (4 if kind in ("gemma2", "gemma3_text", "glm4") else 2) + hidden  # norms
     if kind.startswith("qwen2"):
@@ -200,6 +200,9 @@ def _computed_bytes(whole: Fields, config: Fields, element: float, notes: list[s
     dense, expert = _mlp(config, kind, hidden, layers)
 
     notes.append("weights are counted from the config, parameters times dtype; weights_gib behind it replaces that")
+    if head == "dflash":
+        notes.append("a DFlash head, which shares the target's embedding and head")
+        return int((layers * attention + dense + expert + _num_taps(config, layers) * hidden * hidden + small + hidden) * element)
     if head:
         notes.append("an EAGLE-3 head, taken to share the target's embedding")
         features = 3 * hidden * config.integer("target_hidden_size", MAX_WIDTH, hidden)
@@ -212,8 +215,16 @@ def _computed_bytes(whole: Fields, config: Fields, element: float, notes: list[s
     return int(body_bytes + expert * bits + others * element)
 
 
-def _is_eagle3(config: Fields) -> bool:
-    return "Eagle3" in str(config.get("architectures"))
+def _head_kind(config: Fields) -> str | None:
+    """Which kind of head on hidden states of a target this is; None for a model that stands alone."""
+    return next((kind for kind, part in HEADS.items() if part in str(config.get("architectures"))), None)
+
+
+def _num_taps(config: Fields, usual: int) -> int:
+    """Layers of the target that a DFlash head reads."""
+    nested = config.get("dflash_config")
+    ids = (nested if isinstance(nested, dict) else {}).get("target_layer_ids") or config.get("target_layer_ids")
+    return len(ids) if isinstance(ids, list) and ids else usual
 
 
 def _mlp(config: Fields, kind: str, hidden: int, layers: int) -> tuple[int, int]:

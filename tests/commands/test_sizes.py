@@ -5,7 +5,7 @@ import random
 import psutil
 import pynvml
 import pytest
-from model_configs import DEEPSEEK, EAGLE, LLAMA, MIXTRAL, PAIRS, QWEN2, QWEN3, QWEN3_MOE, write
+from model_configs import DEEPSEEK, DFLASH, EAGLE, LLAMA, MIXTRAL, PAIRS, QWEN2, QWEN3, QWEN3_MOE, write
 
 from planner.commands.local_system import local_cpu, local_gpu
 from planner.commands.sizes import model_size, read_system, sized, system_spec
@@ -65,6 +65,12 @@ def test_an_eagle_head_has_one_layer_and_the_targets_embedding(tmp_path):
     attention = 2 * 4096 * 128 * (32 + 2 * 8) + 32 * 128 * 4096
     assert size.weights_bytes == pytest.approx(2 * (attention + 3 * 4096 * 14336 + 3 * 4096**2 + 32000 * 4096), rel=1e-3)
     assert any("EAGLE-3" in note for note in notes)
+
+
+def test_a_dflash_head_has_its_layers_and_what_it_reads_and_the_targets_embedding_and_head(tmp_path):
+    size, notes, kind = sized(write(tmp_path / "head", DFLASH))
+    assert (kind, size.num_layers, size.weights_bytes, size.kv_bytes_per_token()) == ("dflash", 5, 5_111_970_304, 5 * 2 * 8 * 128 * 2)
+    assert any("DFlash" in note for note in notes)
 
 
 def test_weights_come_from_the_index_else_from_the_files_else_from_the_pairs(tmp_path):

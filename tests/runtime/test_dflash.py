@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from decoding import run
 from safetensors.torch import save_file
 from tiny import BLOCK_HEAD, NATIVE, block_head_files, native_kernels, prefilled, random_prompt, tiny_model, with_block_head, write_head
 
@@ -14,7 +15,8 @@ from planner.commands.configs import HEADS, checkpoint_kind, kv_choices
 from planner.errors import BadInput
 from planner.runtime.dflash_head import evenly_spread, load_head
 from planner.runtime.drafters import make_drafter
-from planner.specs import DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV
+from planner.runtime.drafters.protocol import TargetText
+from planner.specs import DraftConfig, DrafterSpec, FixedTree, FullKV, Sampler, SparseKV
 
 K, BLOCK = 4, 6
 DFLASH = DraftConfig(drafter=BLOCK_HEAD, draft_len=K)
@@ -359,3 +361,50 @@ def test_pickles_and_files_are_refused(target, tmp_path):
 def test_a_budget_that_is_no_window_is_refused(kv):
     with pytest.raises(ValueError, match="drafter dflash keeps a window and drops the rest"):
         DraftConfig(drafter=BLOCK_HEAD, draft_len=K, kv=kv)
+
+
+# ---- trees
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_greedy_output_of_every_tree_is_plain_greedy_output(tmp_path, size):
+    model = with_block_head(tiny_model(seed=5, sharpness=1.5, intermediate_size=64), tmp_path / "head")
+    prompts = [random_prompt(length, seed=length) for length in (3, 21, 75)]
+    text, rounds = run(model, prompts, DraftConfig(drafter=BLOCK_HEAD, draft_len=5, tree=FixedTree(size=size)))
+    assert text == run(model, prompts)[0]
+    assert sum(sum(r.accepted) for r in rounds) > 0
+
+
+@torch.inference_mode()
+def test_a_replayed_tree_is_the_one_that_would_be_proposed(target, tmp_path):
+    model = with_block_head(tiny_model(seed=5, sharpness=1.1, num_layers=4), tmp_path / "head", **MIXED)
+    prompt, size, T = random_prompt(20), 12, 14
+    tokens = random_prompt(T, seed=1)
+    cache, _ = prefilled(model, [prompt], 60)
+    positions = torch.arange(20, 20 + T - 1)[None]
+    model(torch.tensor([tokens[:-1]]), positions, cache, cache.causal_mask(T - 1), model.taps)
+    cache.commit([T - 1])
+    text = TargetText(prompt, tokens, torch.ones(T - 1), cache.stream(0), SOFT, {})
+    config = DraftConfig(drafter=BLOCK_HEAD, draft_len=K, tree=FixedTree(size=size))
+    replayed, beyond = make_drafter(config, model).replay_trees(text, [K, 9], size)
+    assert beyond.sizes.shape == (T - 1, 9) and (beyond.sizes[:, BLOCK - 1 :] == 0).all()
+    held = 0
+    for s in range(T - 1):
+        if (levels := min(K, T - 2 - s)) < 1:
+            assert (replayed.sizes[s] == 0).all()
+            continue
+        begun, _ = prefilled(model, [prompt + tokens[:s]], 60)
+        drafter = make_drafter(config, model)
+        drafter.start(begun, [prompt + tokens[:s]])
+        draft = drafter.propose([prompt + tokens[: s + 1]], [levels], SOFT, [torch.Generator()])
+        node, found = -1, [0] * K
+        for level in range(levels):
+            children = [i for i in range(draft.lens[0]) if int(draft.parents[0, i]) == node and int(draft.tokens[0, i]) == tokens[s + 1 + level]]
+            if not children:
+                break
+            node = children[0]
+            found[level] = node + 1
+        assert replayed.sizes[s].tolist() == found
+        assert (replayed.probs[s] > 0).sum() == draft.lens[0]
+        held += found[0] > 0
+    assert held > 0
