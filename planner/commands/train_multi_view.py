@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from planner.commands.configs import valid
 from planner.commands.progress import Progress, Silent
 from planner.commands.session import Session, open_session
 from planner.datasets import expand
@@ -53,35 +54,40 @@ def train_multi_view(
     from planner.training.data import TaughtTexts
 
     folder, ranks = Path(out), session.ranks
-    if not folder.is_dir():
-        if not folder.parent.is_dir():
-            raise BadInput(f"the folder above the training's must exist, {folder.parent} does not; create it or change --out")
-        folder.mkdir(exist_ok=True)
+    if look_every < 1:
+        raise BadInput(f"looks at held-out texts lie at least 1 step apart, got {look_every}; change --look-every")
+    if not folder.is_dir() and (folder.exists() or not folder.parent.is_dir()):
+        raise BadInput(f"a training is kept in a folder, and the one above must exist, got {folder}; create that or change --out")
     taught = TaughtTexts(texts, session.model)
+    settings = settings.filled(session.target.num_layers, taught.manifest.settings.length)
+    policies = [valid(SparseKV, budget=budget, selection=settings.selection, storage="evict") for budget in budgets]
     drafter = multi_view.cut(session.model, settings.layers)
     parts = multi_view.MultiView(drafter, taught, settings, torch.bfloat16 if training.autocast else torch.float32)
     run = Run(target=session.model.fingerprint, texts=taught.digest, settings=settings, training=training, ranks=ranks.size)
-    watched = _held_out(session, held_out, context_len, temperatures) if held_out and ranks.rank == 0 else []
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {folder}: {error.strerror or error}; change --out") from None
     log = _log(folder / LOG)
+    watched = _held_out(session, held_out, taught.manifest.settings.files, context_len, temperatures) if held_out and ranks.rank == 0 else []
     losses, began, before = [], time.perf_counter(), log[-1].minutes if log else 0.0
+    shown = 0  # steps that the progress bar knows of
     progress.stage("steps", training.steps)
 
     def stepped(done: "trainer.StepDone") -> None:
+        nonlocal shown
         losses.append(done.loss)
-        if not progress_started:
-            progress_started.append(done.step)
-            progress.advance(done.step - 1)
-        progress.advance()
+        progress.advance(done.step - shown)
+        shown = done.step
         last = done.step == training.steps
         if ranks.rank == 0 and (done.step % look_every == 0 or last):
-            met = _met(session, drafter, watched, budgets, settings.selection) if watched else {}
+            met = _met(session, drafter, watched, policies) if watched else {}
             minutes = before + (time.perf_counter() - began) / 60
             log[:] = [line for line in log if line.step < done.step]
             log.append(Met(step=done.step, loss=sum(losses) / len(losses), minutes=minutes, acceptance=met))
             write_whole(folder / LOG, b"".join(msgspec.json.encode(line) + b"\n" for line in log))
             losses.clear()
 
-    progress_started: list[int] = []
     trainer.train(multi_view.trainable(drafter), parts.learn, training, folder / CHECKPOINT, run, ranks=ranks, stepped=stepped)
     if ranks.rank == 0:
         card = {"run": run, "log": log, "trained": "multi-view" if settings.budgets else "full cache alone"}
@@ -98,8 +104,10 @@ def _log(path: Path) -> list[Met]:
         raise BadInput(f"{path} is not the log of a training: {error}; delete it") from None
 
 
-def _held_out(session: Session, files: list[str], context_len: int, temperatures: list[float]) -> list["TargetText"]:  # noqa: F821
-    """Texts that the target writes behind prompts nobody trains on."""
+def _held_out(
+    session: Session, files: list[str], trained_on: list[str], context_len: int, temperatures: list[float]
+) -> list["TargetText"]:  # noqa: F821
+    """Texts that the target writes behind prompts nobody trains on. trained_on  files, as prompts name their sources"""
     import torch
 
     from planner.profiler.acceptance import write_texts
@@ -107,8 +115,14 @@ def _held_out(session: Session, files: list[str], context_len: int, temperatures
     from planner.runtime.model import prefill
     from planner.specs import Sampler
 
-    model = session.model
-    prompts = draw_prompts(session.tokenizer, expand(list(files)), length=context_len, count=HELD_OUT_TEXTS, seed=0)
+    model, longest = session.model, session.model.spec.max_context_len - HELD_OUT_TOKENS
+    if context_len > longest:
+        raise BadInput(f"a held-out prompt has at most {longest} tokens, {HELD_OUT_TOKENS} are written behind it, got {context_len}; lower --held-out-isl")
+    prompts = draw_prompts(
+        session.tokenizer, expand(list(files)), length=context_len, count=HELD_OUT_TEXTS, seed=0, remedy="lower --held-out-isl"
+    )  # fmt: skip
+    if seen := sorted({prompt.source for prompt in prompts} & set(trained_on)):
+        raise BadInput(f"held-out texts are not trained on, {seen[0].partition('#')[0]} is among the texts; give other files with --held-out")
     written = []
     for temperature in temperatures:
         cache = model.new_cache(context_len + HELD_OUT_TOKENS, batch=len(prompts))
@@ -121,7 +135,7 @@ def _held_out(session: Session, files: list[str], context_len: int, temperatures
     return written
 
 
-def _met(session: Session, drafter: "Transformer", texts: list, budgets: list[int], selection: str) -> dict[str, float]:  # noqa: F821
+def _met(session: Session, drafter: "Transformer", texts: list, policies: list[SparseKV]) -> dict[str, float]:  # noqa: F821
     """Mean acceptance of first drafts, by replay with the weights as they are."""
     import numpy as np
 
@@ -136,11 +150,11 @@ def _met(session: Session, drafter: "Transformer", texts: list, budgets: list[in
     if not target.spec.tie_embeddings:
         tensors["lm_head.weight"] = target.head.restored(target.dtype)
     now = build_model(Checkpoint(drafter.spec, tensors, "training"), target.kernels)
-    for budget in [*budgets, None]:
-        kv = FullKV() if budget is None else SparseKV(budget=budget, selection=selection, storage="evict")
+    for kv in [*policies, FullKV()]:
+        budget = kv.budget if isinstance(kv, SparseKV) else "full"
         for text in texts:
             own = DraftModelDrafter(now, kv, target.spec.vocab_size, draft_len=HELD_OUT_DRAFT_LEN, batch=1)
             chance = own.replay(text, HELD_OUT_DRAFT_LEN).accept_prob[:, 0].mean()
-            found.setdefault(f"{text.sampler.temperature:g}/{budget or 'full'}", []).append(float(chance))
+            found.setdefault(f"{text.sampler.temperature:g}/{budget}", []).append(float(chance))
             text.prompt_caches.clear()
     return {name: float(np.mean(values)) for name, values in found.items()}

@@ -26,7 +26,8 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
             head = drafting_model(config.drafter, model)
             return EagleDrafter(head, draft_len=config.draft_len, weights_bytes=model.extra_nbytes(head))
         case "draft_model":
-            return DraftModelDrafter(drafting_model(config.drafter, model), config.kv, model.spec.vocab_size, draft_len=config.draft_len, batch=batch)
+            own, size = drafting_model(config.drafter, model), model.spec.vocab_size
+            return DraftModelDrafter(own, config.kv, size, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(own))
 
 
 def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer | EagleHead:

@@ -34,16 +34,17 @@ TOKENS_PER_PASS = 64  # of a replay: bounds its mask and its logits
 class DraftModelDrafter:
     taps = ()
 
-    def __init__(self, model: Transformer, policy: KVPolicy, vocab_size: int, *, draft_len: int, batch: int):
-        """vocab_size is the target's: published pairs pad theirs differently."""
+    def __init__(self, model: Transformer, policy: KVPolicy, vocab_size: int, *, draft_len: int, batch: int, weights_bytes: int = 0):
+        """vocab_size is the target's: published pairs pad theirs differently. weights_bytes are the model's own, not shared with the target."""
         self.model, self.policy, self.vocab_size, self.draft_len, self._batch = model, policy, vocab_size, draft_len, batch
+        self._weights_bytes = weights_bytes
         self.cache: OwnKVCache | OwnSparseKVCache | None = None  # made at start, which knows how many tokens there may be
         self._context_lens: list[int] = []
         self._chosen_at: list[int] = []
 
     @property
     def nbytes(self) -> int:
-        return self.model.nbytes + (0 if self.cache is None else self.cache.nbytes)
+        return self._weights_bytes + (0 if self.cache is None else self.cache.nbytes)
 
     def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
         model, options = self.model, {"batch": self._batch, "dtype": self.model.dtype, "device": self.model.device}
