@@ -58,7 +58,7 @@ def write_gguf(path: Path, model: PreTrainedModel, kind=F32, tensors: dict[str, 
     if config.model_type == "qwen3" or config.head_dim * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(config.head_dim)
     for key, value in metadata.items():
-        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
+        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)](key, value)
     for key, tensor in weights_of(model).items():
         array = tensor.numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])

@@ -28,6 +28,8 @@ Autocast = Annotated[bool, typer.Option("--autocast/--float32", help="Matrix pro
 SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 LookEvery = Annotated[int, typer.Option(help="Steps between looks at held-out texts.")]
 HeldOut = Annotated[list[str] | None, typer.Option(help="Texts whose acceptance is met on the way; nothing of them is trained on.")]
+HeldOutLen = Annotated[int, typer.Option("--held-out-isl", help="Tokens of their prompts.")]
+HeldOutBudgets = Annotated[str, typer.Option(help="KV budgets that their acceptance is met with, beside the full cache.")]
 
 
 @trains.command()
@@ -91,6 +93,8 @@ def multi_view(
     save_every: SaveEvery = 100,
     look_every: LookEvery = 200,
     held_out: HeldOut = None,
+    held_out_isl: HeldOutLen = 1024,
+    held_out_budgets: HeldOutBudgets = "64,256",
     device: Device = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -113,8 +117,8 @@ def multi_view(
     )  # fmt: skip
     with terminal.progress("train multi-view", quiet=quiet) as progress:
         log = train_multi_view(
-            model, taught, out, settings=settings, training=schedule, held_out=paths(held_out or []), look_every=look_every, device=device,
-            progress=progress,
+            model, taught, out, settings=settings, training=schedule, held_out=paths(held_out or []), context_len=held_out_isl,
+            budgets=parse_numbers(held_out_budgets, int, "--held-out-budgets"), look_every=look_every, device=device, progress=progress,
         )  # fmt: skip
     terminal.print_json({"log": log, "folder": str(out)}) if as_json else training.show_training(log, out)
 
@@ -146,6 +150,8 @@ def block_diffusion(
     save_every: SaveEvery = 100,
     look_every: LookEvery = 200,
     held_out: HeldOut = None,
+    held_out_isl: HeldOutLen = 1024,
+    held_out_budgets: HeldOutBudgets = "256",
     device: Device = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -160,7 +166,7 @@ def block_diffusion(
 
     drawn = [(None, 1.0)] if budgets is None else _weighted(budgets)
     settings = valid(
-        BlockSettings, layers=[] if layers is None else parse_numbers(layers, int, "--layers"), mask_token=-1 if mask_token is None else mask_token,
+        BlockSettings, layers=None if layers is None else parse_numbers(layers, int, "--layers"), mask_token=mask_token,
         block_size=block_size, anchors=anchors, span=span, budgets=drawn, decay=decay, variant=variant, temperature=temperature,
         sampled=sampled or None, seed=seed,
     )  # fmt: skip
@@ -170,8 +176,8 @@ def block_diffusion(
     )  # fmt: skip
     with terminal.progress("train block-diffusion", quiet=quiet) as progress:
         log = train_block_diffusion(
-            model, taught, out, settings=settings, training=schedule, held_out=paths(held_out or []), look_every=look_every, device=device,
-            progress=progress,
+            model, taught, out, settings=settings, training=schedule, held_out=paths(held_out or []), context_len=held_out_isl,
+            budgets=parse_numbers(held_out_budgets, int, "--held-out-budgets"), look_every=look_every, device=device, progress=progress,
         )  # fmt: skip
     terminal.print_json({"log": log, "folder": str(out)}) if as_json else training.show_training(log, out)
 

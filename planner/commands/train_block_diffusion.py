@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+from planner.commands.configs import valid
 from planner.commands.progress import Progress, Silent
 from planner.commands.session import open_session
-from planner.commands.training_run import Met, Run, followed, held_out_texts, opened
+from planner.commands.training_run import Met, Run, followed, held_out_texts, make_folder, training_folder
 from planner.files import write_whole
 from planner.specs import SparseKV
 
@@ -22,10 +23,7 @@ def train_block_diffusion(
     held_out: list[str] = (), context_len: int = 1024, temperatures: list[float] = (0.0, 0.7, 1.0), budgets: list[int] = (256,), look_every: int = 200,
     device: str | None = None, progress: Progress = Silent(),
 ) -> list[Met]:  # fmt: skip
-    """Train, or go on with what `out` holds; what held-out texts accepted on the way.
-
-    Settings without layers begin as the target's first and its last two; with mask_token -1, the mask is the last special token.
-    """
+    """Train, or go on with what `out` holds; what held-out texts accepted on the way."""
     session = open_session(model, device=device, whole=True)
     import torch
     from safetensors.torch import save
@@ -34,23 +32,22 @@ def train_block_diffusion(
     from planner.training import block_diffusion
     from planner.training.data import TaughtTexts
 
-    folder, target = opened(out), session.model
+    folder, target = training_folder(out), session.model
     taught = TaughtTexts(texts, target)
-    taps = tuple(taught.manifest.settings.taps)
-    layers = settings.layers or sorted({0, *range(max(0, target.spec.num_layers - 2), target.spec.num_layers)})
-    mask = settings.mask_token if settings.mask_token >= 0 else max(target.special_tokens, default=target.spec.vocab_size - 1)
-    settings = msgspec.structs.replace(settings, layers=layers, mask_token=mask)
+    taps, settings = tuple(taught.manifest.settings.taps), settings.filled(target)
+    policies = [valid(SparseKV, budget=budget, storage="evict") for budget in budgets]
     head = block_diffusion.begun(target, settings, taps)
     published(head, target.spec.num_layers)  # refuses what could not be written, before anything is trained
     parts = block_diffusion.BlockDiffusion(head, taught, settings, torch.bfloat16 if training.autocast else torch.float32)
     run = Run(target=target.fingerprint, texts=taught.digest, settings=settings, training=training, ranks=session.ranks.size)
-    watched = held_out_texts(session, held_out, context_len, temperatures, taps) if held_out and session.ranks.rank == 0 else []
+    seen = taught.manifest.settings.files
+    watched = held_out_texts(session, held_out, seen, context_len, temperatures, taps) if held_out and session.ranks.rank == 0 else []
     log = followed(
         folder, run, block_diffusion.trainable(head), parts.learn, ranks=session.ranks, look_every=look_every,
-        look=lambda: _met(head, target, watched, budgets), progress=progress,
+        look=lambda: _met(head, target, watched, policies), progress=progress,
     )  # fmt: skip
     if session.ranks.rank == 0:
-        opened(folder / HEAD)
+        make_folder(folder / HEAD)
         config, tensors = published(head, target.spec.num_layers)
         config |= {"dtype": "bfloat16", "specplan_card": msgspec.to_builtins({"run": run, "log": log})}
         write_whole(folder / HEAD / "model.safetensors", save({name: tensor.bfloat16().cpu() for name, tensor in tensors.items()}, {"format": "pt"}))
@@ -58,7 +55,7 @@ def train_block_diffusion(
     return log
 
 
-def _met(head: "DFlashHead", target: "Transformer", texts: list, budgets: list[int]) -> tuple[dict[str, float], dict[str, float]]:  # noqa: F821
+def _met(head: "DFlashHead", target: "Transformer", texts: list, policies: list[SparseKV]) -> tuple[dict[str, float], dict[str, float]]:  # noqa: F821
     """Mean acceptance of first drafts and mean tokens of a round, by replay with the weights as they are."""
     import numpy as np
 
@@ -69,11 +66,11 @@ def _met(head: "DFlashHead", target: "Transformer", texts: list, budgets: list[i
     tensors = {name: tensor.to(target.dtype) for name, tensor in published(head, target.spec.num_layers)[1].items()}
     now = build_head(head.spec, head.taps, head.block_size, head.mask_token, "training", tensors, target)
     first, tokens, K = {}, {}, head.block_size - 1
-    for budget in [*budgets, None]:
-        kv = FullKV() if budget is None else SparseKV(budget=budget, storage="evict")
+    for kv in [*policies, FullKV()]:
+        budget = kv.budget if isinstance(kv, SparseKV) else "full"
         for text in texts:
             chances = DFlashDrafter(now, kv, draft_len=K, batch=1, weights_bytes=0).replay(text, K).accept_prob
-            name = f"{text.sampler.temperature:g}/{budget or 'full'}"
+            name = f"{text.sampler.temperature:g}/{budget}"
             first.setdefault(name, []).append(float(chances[:, 0].mean()))
             tokens.setdefault(name, []).append(1 + float(chances.cumprod(1).sum(1).mean()))
     return ({name: float(np.mean(values)) for name, values in found.items()} for found in (first, tokens))

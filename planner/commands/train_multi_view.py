@@ -6,9 +6,10 @@ the drafter's own layers. Needs the extra [runtime].
 
 from pathlib import Path
 
+from planner.commands.configs import valid
 from planner.commands.progress import Progress, Silent
 from planner.commands.session import Session, open_session
-from planner.commands.training_run import Met, Run, followed, held_out_texts, opened
+from planner.commands.training_run import Met, Run, followed, held_out_texts, training_folder
 from planner.specs import SparseKV
 
 DRAFTER = "drafter.safetensors"
@@ -28,15 +29,17 @@ def train_multi_view(
     from planner.training import multi_view
     from planner.training.data import TaughtTexts
 
-    folder, ranks = opened(out), session.ranks
+    folder, ranks = training_folder(out), session.ranks
     taught = TaughtTexts(texts, session.model)
+    settings = settings.filled(session.target.num_layers, taught.manifest.settings.length)
+    policies = [valid(SparseKV, budget=budget, selection=settings.selection, storage="evict") for budget in budgets]
     drafter = multi_view.cut(session.model, settings.layers)
     parts = multi_view.MultiView(drafter, taught, settings, torch.bfloat16 if training.autocast else torch.float32)
     run = Run(target=session.model.fingerprint, texts=taught.digest, settings=settings, training=training, ranks=ranks.size)
-    watched = held_out_texts(session, held_out, context_len, temperatures) if held_out and ranks.rank == 0 else []
+    watched = held_out_texts(session, held_out, taught.manifest.settings.files, context_len, temperatures) if held_out and ranks.rank == 0 else []
 
     def look() -> tuple[dict[str, float], dict[str, float]]:
-        return (_met(session, drafter, watched, budgets, settings.selection) if watched else {}), {}
+        return (_met(session, drafter, watched, policies) if watched else {}), {}
 
     log = followed(
         folder, run, multi_view.trainable(drafter), parts.learn, ranks=ranks, look_every=look_every, look=look, progress=progress
@@ -47,7 +50,7 @@ def train_multi_view(
     return log
 
 
-def _met(session: Session, drafter: "Transformer", texts: list, budgets: list[int], selection: str) -> dict[str, float]:  # noqa: F821
+def _met(session: Session, drafter: "Transformer", texts: list, policies: list[SparseKV]) -> dict[str, float]:  # noqa: F821
     """Mean acceptance of first drafts, by replay with the weights as they are."""
     import numpy as np
 
@@ -62,11 +65,11 @@ def _met(session: Session, drafter: "Transformer", texts: list, budgets: list[in
     if not target.spec.tie_embeddings:
         tensors["lm_head.weight"] = target.head.restored(target.dtype)
     now = build_model(Checkpoint(drafter.spec, tensors, "training"), target.kernels)
-    for budget in [*budgets, None]:
-        kv = FullKV() if budget is None else SparseKV(budget=budget, selection=selection, storage="evict")
+    for kv in [*policies, FullKV()]:
+        budget = kv.budget if isinstance(kv, SparseKV) else "full"
         for text in texts:
             own = DraftModelDrafter(now, kv, target.spec.vocab_size, draft_len=HELD_OUT_DRAFT_LEN, batch=1)
             chance = own.replay(text, HELD_OUT_DRAFT_LEN).accept_prob[:, 0].mean()
-            found.setdefault(f"{text.sampler.temperature:g}/{budget or 'full'}", []).append(float(chance))
+            found.setdefault(f"{text.sampler.temperature:g}/{budget}", []).append(float(chance))
             text.prompt_caches.clear()
     return {name: float(np.mean(values)) for name, values in found.items()}

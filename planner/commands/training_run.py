@@ -36,14 +36,19 @@ class Met(msgspec.Struct, frozen=True, kw_only=True):
     tokens: dict[str, float] = {}  # of a round, likewise; mean over the places of a text
 
 
-def opened(out: str | Path) -> Path:
-    """The folder, made where it is not there."""
+def training_folder(out: str | Path) -> Path:
+    """Where a training is kept; BadInput where it cannot be."""
     folder = Path(out)
-    if not folder.is_dir():
-        if not folder.parent.is_dir():
-            raise BadInput(f"the folder above the training's must exist, {folder.parent} does not; create it or change --out")
-        folder.mkdir(exist_ok=True)
+    if not folder.is_dir() and (folder.exists() or not folder.parent.is_dir()):
+        raise BadInput(f"a training is kept in a folder, and the one above must exist, got {folder}; create that or change --out")
     return folder
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {folder}: {error.strerror or error}; change --out") from None
 
 
 def followed(
@@ -60,6 +65,9 @@ def followed(
     """Train to the end, looking at held-out texts on the way."""
     from planner.training import trainer
 
+    if look_every < 1:
+        raise BadInput(f"looks at held-out texts lie at least 1 step apart, got {look_every}; change --look-every")
+    make_folder(folder)
     steps, log = run.training.steps, _log(folder / LOG)
     losses, began, before = [], time.perf_counter(), log[-1].minutes if log else 0.0
     shown = [0]  # steps that the progress has been told of
@@ -81,8 +89,13 @@ def followed(
     return log
 
 
-def held_out_texts(session: Session, files: list[str], context_len: int, temperatures: list[float], taps: tuple[int, ...] = ()) -> list["TargetText"]:  # noqa: F821  planner.runtime.drafters.protocol
-    """Texts that the target writes behind prompts nobody trains on, with the hidden states that a head reads."""
+def held_out_texts(
+    session: Session, files: list[str], trained_on: list[str], context_len: int, temperatures: list[float], taps: tuple[int, ...] = ()
+) -> list["TargetText"]:  # noqa: F821  planner.runtime.drafters.protocol
+    """Texts that the target writes behind prompts nobody trains on, with the hidden states that a head reads.
+
+    trained_on  files, as prompts name their sources
+    """
     import torch
 
     from planner.profiler.acceptance import write_texts
@@ -91,8 +104,16 @@ def held_out_texts(session: Session, files: list[str], context_len: int, tempera
     from planner.runtime.model import prefill
     from planner.specs import Sampler
 
-    model = session.model
-    prompts = draw_prompts(session.tokenizer, expand(list(files)), length=context_len, count=HELD_OUT_TEXTS, seed=0)
+    model, longest = session.model, session.model.spec.max_context_len - HELD_OUT_TOKENS
+    if context_len > longest:
+        raise BadInput(
+            f"a held-out prompt has at most {longest} tokens, {HELD_OUT_TOKENS} are written behind it, got {context_len}; lower --held-out-isl"
+        )
+    prompts = draw_prompts(
+        session.tokenizer, expand(list(files)), length=context_len, count=HELD_OUT_TEXTS, seed=0, remedy="lower --held-out-isl"
+    )  # fmt: skip
+    if seen := sorted({prompt.source for prompt in prompts} & set(trained_on)):
+        raise BadInput(f"held-out texts are not trained on, {seen[0].partition('#')[0]} is among the texts; give other files with --held-out")
     written = []
     for temperature in temperatures:
         room = {"batch": len(prompts), "capacity": context_len + HELD_OUT_TOKENS}

@@ -39,6 +39,7 @@ def draw_prompts(
     count: int,
     seed: int,
     seen: list[str] = (),  # keys of prompts not to overlap with
+    remedy: str = "lower --texts",
 ) -> list[Prompt]:
     """`count` prompts of exactly `length` tokens, stratified over kinds and files. BadInput if there are not enough."""
     if not files:
@@ -55,7 +56,7 @@ def draw_prompts(
     available = sum(len(prompts) for files_of_kind in by_kind.values() for prompts in files_of_kind)
     if available < count:
         unseen = " that the profile did not see" if seen else ""
-        raise BadInput(f"{count} prompts of {length} tokens{unseen} are needed, the dataset holds {available}; add files or lower --texts")
+        raise BadInput(f"{count} prompts of {length} tokens{unseen} are needed, the dataset holds {available}; add files or {remedy}")
     return in_turn([in_turn(files_of_kind, available) for files_of_kind in by_kind.values()], count)
 
 

@@ -4,7 +4,6 @@ Tensors carry Hugging Face names; matrices are held in 8 bits with a float32 sca
 target's, so that the file is small and no use without a target of the same shape.
 """
 
-import hashlib
 from pathlib import Path
 
 import msgspec
@@ -14,27 +13,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from planner.errors import BadInput
-from planner.files import read_bytes, write_whole
+from planner.files import write_whole
 from planner.runtime.fields import one_line
-from planner.runtime.linear import Linear
+from planner.runtime.kernels import Kernels
 from planner.runtime.model import Transformer, build_model
-from planner.runtime.safetensors_folder import reading
-from planner.runtime.weights import Checkpoint, expected_shapes
+from planner.runtime.safetensors_folder import header_bytes, reading
+from planner.runtime.weights import Checkpoint, expected_shapes, fingerprint_of, finite
 from planner.specs import ModelSpec
+from planner.trained import FORMAT, Header, read_header
 
-FORMAT = "specplan own layers 1"
-MAX_BYTES = 2**34
+MAX_NAMES = 100_000
 SCALES = ".scales"
 SHARED = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """What the file says of itself."""
-
-    format: str
-    spec: ModelSpec  # of the drafter
-    layers: list[int]  # of the target, that they were cut from
-    card: dict[str, msgspec.Raw] = {}  # how it was trained
+REMEDY = "make the file with `planner train`"
 
 
 def save_own_layers(path: str | Path, spec: ModelSpec, layers: list[int], tensors: dict[str, Tensor], card: dict) -> None:
@@ -43,60 +34,51 @@ def save_own_layers(path: str | Path, spec: ModelSpec, layers: list[int], tensor
     write_whole(path, save(packed(tensors), {"header": msgspec.json.encode(header).decode()}))
 
 
-def read_header(path: str | Path) -> Header:
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"a drafter's own layers are a file, {path} is none; check the path")
-    with reading(path, safe_open, path, framework="np") as file:
-        metadata = file.metadata() or {}
-    try:
-        header = msgspec.json.decode(metadata.get("header", ""), type=Header)
-    except msgspec.DecodeError as error:
-        raise BadInput(f"{path} does not hold a drafter's own layers: {one_line(str(error))}; make it with `planner train`") from None
-    if header.format != FORMAT:
-        raise BadInput(f"{path}: format must be {FORMAT!r}, got {one_line(header.format)}; update the package that reads it")
-    return header
+def load_own_layers(path: Path, target: Transformer, dtype: torch.dtype, kernels: Kernels) -> Transformer:
+    """The drafter, its embedding and head shared with this target where it has the target's dtype. BadInput says what does not fit."""
+    header = read_header(path)
+    check_target(path, header, target.spec)
+    tensors = own_tensors(path, header, dtype, target.device) | {"model.embed_tokens.weight": target.embedding.to(dtype)}
+    if not header.spec.tie_embeddings:
+        tensors["lm_head.weight"] = target.head.restored(dtype)
+    drafter = build_model(Checkpoint(header.spec, tensors, own_fingerprint(path, header)), kernels, target.special_tokens)
+    if dtype == target.dtype:
+        drafter.head = target.head  # in as many bits as the target's
+    return drafter
 
 
-def load_own_layers(path: str | Path, target: Transformer, dtype: torch.dtype) -> Transformer:
-    """The drafter, its embedding and head shared with this target. BadInput says what does not fit."""
-    header, ours = read_header(path), target.spec
+def check_target(path: Path, header: Header, target: ModelSpec) -> None:
+    """BadInput for a target of another shape than the drafter was cut from."""
     for field in ("hidden_size", "vocab_size", "tie_embeddings"):
-        if (own := getattr(header.spec, field)) != getattr(ours, field):
-            raise BadInput(
-                f"{path} was cut from a target with {field} {own}, this one has {getattr(ours, field)}; take the target it was trained for"
-            )
-    own = dict(own_tensors(path, header, dtype, target.device))
-    shared = {"model.embed_tokens.weight": target.embedding.to(dtype)}
-    if not ours.tie_embeddings:
-        head = target.head
-        shared["lm_head.weight"] = head.weights if type(head) is Linear and head.weights.dtype == dtype else head.restored(dtype)
-    digest = hashlib.sha256(read_bytes(path, "drafter")).hexdigest()[:16]
-    return build_model(Checkpoint(header.spec, shared | own, digest), target.kernels, target.special_tokens)
+        if (own := getattr(header.spec, field)) != (theirs := getattr(target, field)):
+            raise BadInput(f"{path} was cut from a target with {field} {own}, {target.name} has {theirs}; take the target it was trained for")
 
 
-def own_tensors(path: str | Path, header: Header, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def own_fingerprint(path: Path, header: Header) -> str:
+    return fingerprint_of(header.spec, [(path, header_bytes(path))])
+
+
+def own_tensors(path: Path, header: Header, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """The tensors of the file as floats, checked against the shapes that its header promises."""
-    path = Path(path)
-    if path.stat().st_size > MAX_BYTES:
-        raise BadInput(f"{path} must have at most {MAX_BYTES} bytes, got {path.stat().st_size}; take another file")
     expected = {}
     for name, shape in expected_shapes(header.spec):
         expected |= {} if name in SHARED else {name: shape}
-        if len(expected) > 100_000:
-            raise BadInput(f"{path} names too many layers ({header.spec.num_layers}); take another file")
+        if len(expected) > MAX_NAMES:
+            raise BadInput(f"{path} must have fewer layers, got {header.spec.num_layers}; {REMEDY}")
     with reading(path, safe_open, path, framework="pt", device=str(device)) as file:
-        names = set(file.keys())
-        wrong = names ^ (set(expected) | {name + SCALES for name in expected if name + SCALES in names})
-        if wrong:
-            raise BadInput(f"{path}: tensor {one_line(min(wrong))} is missing or unknown; make the file with `planner train`")
+        found = {name: (part.get_dtype(), tuple(part.get_shape())) for name in file.keys() for part in (file.get_slice(name),)}  # noqa: SIM118
+        promised = {}
         for name, shape in expected.items():
-            found = {part: tuple(file.get_slice(part).get_shape()) for part in (name, name + SCALES) if part in names}
-            if found != {name: shape} | ({name + SCALES: shape[:1]} if name + SCALES in names else {}):
-                raise BadInput(
-                    f"{path}: tensor {name} must have shape {shape} (and a scale per row), got {found}; make the file with `planner train`"
-                )
-        return unpacked({name: file.get_tensor(name) for name in names}, dtype)
+            promised |= {name: ("I8", shape), name + SCALES: ("F32", shape[:1])} if len(shape) == 2 else {name: ("F32", shape)}
+        for name in sorted(found.keys() | promised.keys()):
+            if found.get(name) != promised.get(name):
+                must, got = (_shown(tensors.get(name)) for tensors in (promised, found))
+                raise BadInput(f"{path}: tensor {one_line(name)} must be {must}, got {got}; {REMEDY}")
+        return {name: finite(path, name, tensor) for name, tensor in unpacked({name: file.get_tensor(name) for name in found}, dtype).items()}
+
+
+def _shown(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"[:120]
 
 
 def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jinja2
 import jinja2.sandbox
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from planner.errors import BadInput
 from planner.runtime.fields import MAX_JSON_BYTES, MAX_VOCAB, MIB, Fields, one_line, read_json
@@ -33,6 +33,8 @@ class Tokenizer:
     stop_tokens: tuple[int, ...]  # generation ends after any of these
     special_tokens: tuple[int, ...]  # end of text, chat markup and the like, stop tokens included
     bos_token: int | None  # goes in front of raw text; None where the model was trained without
+    chat_template: str | None
+    named_tokens: dict[str, str]  # what templates may name: bos_token, eos_token, ... -> text
 
     def __init__(
         self,
@@ -42,12 +44,12 @@ class Tokenizer:
         stop_tokens: Sequence[int] = (),
         bos_token: int | None = None,
         chat_template: str | None = None,
-        special_tokens: dict[str, str] | None = None,  # what templates may name: bos_token, eos_token, ... -> text
+        named_tokens: dict[str, str] | None = None,
     ):
         backend.no_truncation()  # a tokenizer.json may ask for either
         backend.no_padding()
         self._backend, self._source = backend, source
-        self._chat_template, self._template_tokens = chat_template, special_tokens or {}
+        self.chat_template, self.named_tokens = chat_template, named_tokens or {}
         self.stop_tokens, self.bos_token = tuple(sorted(set(stop_tokens))), bos_token
         special = [token for token, added in backend.get_added_tokens_decoder().items() if added.special]
         self.special_tokens = tuple(sorted({*special, *self.stop_tokens}))
@@ -72,7 +74,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of the messages in the model's chat template, up to where the assistant's answer begins."""
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise BadInput(f"{self._source} has no chat template; give raw text, or an instruction-tuned model")
         if not isinstance(messages, list) or not messages:
             raise BadInput(f"messages must be a list of at least one message, got {one_line(messages)}")
@@ -80,7 +82,17 @@ class Tokenizer:
             for key in ("role", "content"):
                 if not isinstance(message, dict) or not isinstance(message.get(key), str):
                     raise BadInput(f"message {i} must be an object with the strings role and content, got {one_line(message)}")
-        return self.encode(_render(self._source, self._chat_template, messages, self._template_tokens))
+        return self.encode(_render(self._source, self.chat_template, messages, self.named_tokens))
+
+    def to_json(self) -> str:
+        """As tokenizer.json has it; a text that is encoded with special tokens then begins as raw text does here."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        if self.bos_token is not None and backend.post_processor is None:
+            bos = backend.id_to_token(self.bos_token)
+            backend.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, self.bos_token)]
+            )
+        return backend.to_str()
 
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder for ids that arrive one by one."""
@@ -196,7 +208,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         stop_tokens=stop_tokens,
         bos_token=bos if adds_bos else None,
         chat_template=_folder_template(folder, config),
-        special_tokens=special_tokens,
+        named_tokens=special_tokens,
     )
 
 
@@ -309,7 +321,7 @@ def _from_gguf(path: Path) -> Tokenizer:
         stop_tokens=[ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None],
         bos_token=ids["bos"] if adds_bos else None,
         chat_template=_checked_template(path, metadata.get("tokenizer.chat_template")),
-        special_tokens={names[name]: texts[token] for name, token in ids.items() if name in names and token is not None},
+        named_tokens={names[name]: texts[token] for name, token in ids.items() if name in names and token is not None},
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -46,17 +46,18 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(
-    path: str | Path, dtype: torch.dtype, device: torch.device, *, rope_theta: float | None = None, max_context_len: int | None = None
-) -> Checkpoint:
-    """Reads a folder or a GGUF file. Weights that `dtype` cannot hold are refused.
+    path: str | Path, dtype: torch.dtype, device: torch.device, *, rope_theta: float | None = None, max_context_len: int | None = None,
+    only: Collection[str] | None = None,
+) -> Checkpoint:  # fmt: skip
+    """Reads a folder or a GGUF file, all tensors or `only` some. Weights that `dtype` cannot hold are refused.
 
     rope_theta, max_context_len  replace what is stored. A context beyond the declared one needs a theta of its own,
                                  unless the model's rope scaling follows the length (dynamic) or leaves room (linear)
     """
     path, overrides = _existing(path), checked_overrides(rope_theta, max_context_len)
     if path.is_dir():
-        return _load_folder(path, dtype, device, overrides)
-    return _load_gguf(path, dtype, device, overrides)
+        return _load_folder(path, dtype, device, overrides, only)
+    return _load_gguf(path, dtype, device, overrides, only)
 
 
 def read_spec(path: str | Path, *, rope_theta: float | None = None, max_context_len: int | None = None) -> ModelSpec:
@@ -180,7 +181,7 @@ def fingerprint_of(spec: ModelSpec, files: list[tuple[Path, int]]) -> str:
 # ---- Hugging Face folder
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, overrides: Overrides) -> Checkpoint:
+def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, overrides: Overrides, only: Collection[str] | None) -> Checkpoint:
     config = read_config(folder)
     spec = folder_spec(folder, config, overrides)
     block = _fp8_block(config)
@@ -206,7 +207,8 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, overrid
         if spec.tie_embeddings and tied[0] in found and (len({found[name].dtype for name in tied}) > 1 or not torch.equal(*map(read, tied))):
             raise BadInput(f"{folder}: lm_head.weight must equal model.embed_tokens.weight where tie_word_embeddings is true, got other values")
         # copy: pages of a mapped file would be timed as if they were memory
-        tensors = {name: finite(found[name].file, name, read(name).to(device=device, dtype=dtype, copy=True)) for name, _ in expected_shapes(spec)}
+        names = [name for name, _ in expected_shapes(spec) if only is None or name in only]
+        tensors = {name: finite(found[name].file, name, read(name).to(device=device, dtype=dtype, copy=True)) for name in names}
     return Checkpoint(spec, tensors, fingerprint_of(spec, [(file, header_bytes(file)) for file in files]))
 
 
@@ -252,12 +254,14 @@ def _fp8_restored(file: Path, name: str, codes: Tensor, scale: Tensor, block: tu
 # ---- GGUF
 
 
-def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, overrides: Overrides) -> Checkpoint:
+def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, overrides: Overrides, only: Collection[str] | None) -> Checkpoint:
     gguf = read_gguf(path)
     spec = gguf_spec(path, gguf, overrides)
     _check_tensors(path, spec, {name: tensor.shape for name, tensor in gguf.tensors.items() if name != ROPE_FACTORS}, gguf_name)
     tensors = {}
     for name, _ in expected_shapes(spec):
+        if only is not None and name not in only:
+            continue
         tensor = _gguf_tensor(path, gguf.tensors[gguf_name(name)], dtype, device)
         if spec.architecture == "llama" and name.endswith(("self_attn.q_proj.weight", "self_attn.k_proj.weight")):
             tensor = _unpermuted(tensor, spec.head_dim)
@@ -277,3 +281,8 @@ def _gguf_tensor(path: Path, info: GGUFTensor, dtype: torch.dtype, device: torch
 def _unpermuted(weight: Tensor, head_dim: int) -> Tensor:
     """[heads * head_dim, hidden] with the rotary halves one after the other; GGUF has them interleaved within each head."""
     return weight.reshape(-1, head_dim // 2, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def permuted(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse: as GGUF files of llama have queries and keys."""
+    return weight.reshape(-1, 2, head_dim // 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)

@@ -24,7 +24,7 @@ from planner.runtime.linear import Linear
 from planner.runtime.model import Transformer
 from planner.specs import ModelSpec, SparseKV
 from planner.training.data import TaughtTexts
-from planner.training.losses import Candidates, Teacher, Variant, distilled
+from planner.training.losses import Candidates, Teacher, Variant, check_variant, distilled
 from planner.training.multi_view import cut
 from planner.training.trainer import Learnt
 
@@ -34,8 +34,8 @@ PAPER_DECAY = {8: 4.0, 10: 5.0, 16: 7.0}  # places of a block over which the wei
 class BlockSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What a step sees, and what it is asked for."""
 
-    layers: list[int]  # of the target, that the head's layers begin as
-    mask_token: int
+    layers: list[int] | None = None  # of the target, that the head's layers begin as; None: the first and the last two
+    mask_token: int | None = None  # None: the target's last special token
     block_size: int = 8
     anchors: int = 64  # of a step's text
     span: int = 512  # tokens of the stretch that they are drawn from
@@ -53,6 +53,10 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"a block has 2 to {MAX_BLOCK} tokens, got {self.block_size}; change --block-size")
         if min(self.anchors, self.span) < 1:
             raise ValueError(f"anchors and span must be at least 1, got {self.anchors} and {self.span}")
+        check_variant(self.variant, self.temperature)
+        for name, least in (("sampled", 1), ("seed", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}; change --{name}")
         if self.decay is not None and not 0 < self.decay < math.inf:
             raise ValueError(f"decay must be positive, got {self.decay}; change --decay")
         if not self.budgets or not all(weight > 0 for _, weight in self.budgets):
@@ -60,6 +64,13 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True):
         for budget, _ in self.budgets:
             if budget is not None:
                 _policy(budget)  # which has rules of its own
+
+    def filled(self, target: Transformer) -> "BlockSettings":
+        """With what was left open."""
+        num_layers, size = target.spec.num_layers, target.spec.vocab_size
+        layers = sorted({0, max(0, num_layers - 2), num_layers - 1}) if self.layers is None else self.layers
+        special = max((token for token in target.special_tokens if token < size), default=size - 1)
+        return msgspec.structs.replace(self, layers=layers, mask_token=special if self.mask_token is None else self.mask_token)
 
     def weights(self) -> Tensor:  # [n - 1]
         """Of the masks of a block: exp(-(k - 1) / decay) for k = 1, 2, .. (equation 4 of the paper)."""
@@ -93,6 +104,7 @@ def begun(target: Transformer, settings: BlockSettings, taps: tuple[int, ...]) -
     """A trainable head in float32 that begins as layers of its target, which read the last tap as it is; embedding and head are frozen."""
     if not taps:
         raise BadInput("a head reads hidden states of its target, these texts hold none; write them with `planner train texts --taps 1,8,..`")
+    settings = settings.filled(target)
     if not 0 <= settings.mask_token < target.spec.vocab_size:
         raise BadInput(f"the mask must be a token from 0 to {target.spec.vocab_size - 1}, got {settings.mask_token}; change --mask-token")
     parts, C = cut(target, settings.layers), target.spec.hidden_size

@@ -19,6 +19,16 @@ VARIANTS = get_args(Variant)
 FREQUENT = 4096  # first ids of the vocabulary, which byte-level BPE gives to frequent tokens: always candidates
 
 
+def check_variant(variant: str, temperature: float) -> None:
+    """ValueError for a variant that is not known, or that does not serve this temperature."""
+    if variant not in VARIANTS:
+        raise ValueError(f"a variant is one of {', '.join(VARIANTS)}, got {variant!r}; change --variant")
+    if variant == "greedy" and temperature not in (0, 1):
+        raise ValueError(f"variant greedy serves temperature 0, got {temperature:g}; drop --temperature, or take --variant kl")
+    if variant != "greedy" and not 0.01 <= temperature <= 100:
+        raise ValueError(f"variant {variant} serves temperatures from 0.01 to 100, got {temperature:g}; for 0 take --variant greedy")
+
+
 class Teacher(NamedTuple):
     """The target's distribution behind each position, its likeliest tokens first."""
 

@@ -10,7 +10,7 @@ P  tokens of the prefix     n  of the continuation     V  vocabulary size
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import msgspec
 import numpy as np
@@ -23,9 +23,9 @@ from planner.runtime.kernels import Kernels
 from planner.runtime.kv_cache import KVCache, SparseKVCache, forced_mask
 from planner.runtime.linear import Linear
 from planner.runtime.model import Layer, Transformer, layer_tensors, read_prompts
-from planner.specs import SparseKV
+from planner.specs import Selection, SparseKV
 from planner.training.data import TaughtText, TaughtTexts
-from planner.training.losses import Candidates, Teacher, Variant, distilled
+from planner.training.losses import Candidates, Teacher, Variant, check_variant, distilled
 from planner.training.trainer import Learnt
 
 PAPER_BUDGETS = {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}  # at PAPER_LENGTH
@@ -35,15 +35,37 @@ PAPER_LENGTH = 16384
 class MultiViewSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What a step sees, and what it is asked for."""
 
-    layers: list[int]  # of the target, that the drafter is cut from
-    budgets: list[tuple[int, float]]  # kv budgets and how often each is drawn; none: L_A alone
-    selection: str = "chunk"
+    layers: list[int] | None = None  # of the target, that the drafter is cut from; None: the first two and the last
+    budgets: list[tuple[int, float]] | None = None  # and how often each is drawn; empty: L_A alone; None: the paper's, scaled to the texts
+    selection: Selection = "chunk"
     variant: Variant = "kl"
     temperature: float = 1.0
     consistency: float = 0.5  # weight of L_C
     continuation: int = 512  # tokens of a step's loss
     sampled: int | None = 4096  # tokens of the vocabulary that a step's softmax samples; None: all
     seed: int = 0
+
+    def __post_init__(self):
+        if self.selection not in get_args(Selection):
+            raise ValueError(f"a selection is one of {', '.join(get_args(Selection))}, got {self.selection!r}; change --selection")
+        check_variant(self.variant, self.temperature)
+        if not 0 <= self.consistency <= 1e6:
+            raise ValueError(f"the weight of the sparse branch must be at least 0, got {self.consistency:g}; change --consistency")
+        for name, least in (("continuation", 1), ("sampled", 1), ("seed", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}; change --{name}")
+        for budget, weight in self.budgets or []:
+            if not 0 < weight <= 1e6:
+                raise ValueError(f"a budget is drawn with a weight above 0, got {budget}:{weight:g}; change --budgets")
+            try:
+                SparseKV(budget=budget, selection=self.selection)
+            except ValueError as error:
+                raise ValueError(str(error).replace("--kv-budget", "it in --budgets")) from None
+
+    def filled(self, num_layers: int, length: int) -> "MultiViewSettings":
+        """With what was left open, for a target of so many layers and texts of this length."""
+        layers = sorted({0, min(1, num_layers - 1), num_layers - 1}) if self.layers is None else self.layers
+        return msgspec.structs.replace(self, layers=layers, budgets=scaled_budgets(length) if self.budgets is None else self.budgets)
 
 
 class Example(NamedTuple):
@@ -111,6 +133,7 @@ class MultiView:
     """What an example teaches a drafter."""
 
     def __init__(self, drafter: Transformer, texts: TaughtTexts, settings: MultiViewSettings, cache_dtype: torch.dtype):
+        """settings  with nothing left open"""
         self.drafter, self.texts, self.settings, self._cache_dtype = drafter, texts, settings, cache_dtype
         self._head = drafter.head.weights.detach().to(cache_dtype)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -141,7 +164,7 @@ class MultiView:
         for name, hidden in self._branches(text, part, example.policy):
             own = distilled(hidden[0], self._head, teacher, candidates, variant=settings.variant, temperature=settings.temperature)
             loss = loss + (own if name == "full" else settings.consistency * own)
-            parts[name] = float(own)
+            parts[name] = float(own.detach())
         return Learnt(loss, n, parts)
 
     def _branches(self, text: TaughtText, part: slice, policy: SparseKV | None) -> Iterator[tuple[str, Tensor]]:

@@ -177,7 +177,7 @@ def test_texts_to_a_head_that_can_be_loaded(tmp_path):
     train_texts(
         str(model), [str(dataset)], texts, length=128, written=2, prompt_len=32, output_len=24, temperatures=[1.0], taps=[0, 1], dtype="float32"
     )
-    settings = BlockSettings(layers=[], mask_token=-1, block_size=BLOCK, anchors=8, span=32)
+    settings = BlockSettings(block_size=BLOCK, anchors=8, span=32)
     training = TrainSettings(steps=2, accumulation=1, autocast=False, save_every=1)
     options = {"held_out": [str(dataset)], "context_len": 128, "temperatures": [1.0], "budgets": [40], "look_every": 1}
     log = train_block_diffusion(str(model), texts, out, settings=settings, training=training, **options)
@@ -202,7 +202,9 @@ def test_heads_that_cannot_be_are_refused(target, changes, taps, message):
         begun(target, msgspec.structs.replace(SETTINGS, **changes), taps)
 
 
-@pytest.mark.parametrize("changes", [{"block_size": 1}, {"anchors": 0}, {"decay": 0.0}, {"budgets": []}, {"budgets": [(8, 1.0)]}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"block_size": 1}, {"anchors": 0}, {"decay": 0.0}, {"budgets": []}, {"budgets": [(8, 1.0)]}, {"variant": "ce"}], ids=str
+)
 def test_settings_out_of_range_are_refused(changes):
     with pytest.raises(ValueError):
         BlockSettings(layers=[0], mask_token=0, **changes)

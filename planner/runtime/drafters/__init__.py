@@ -35,8 +35,10 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
                 head, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(head), tree=config.tree
             )  # fmt: skip
         case "draft_model":
-            own = drafting_model(config.drafter, model)
-            return DraftModelDrafter(own, config.kv, model.spec.vocab_size, draft_len=config.draft_len, batch=batch, tree=config.tree)
+            own, size = drafting_model(config.drafter, model), model.spec.vocab_size
+            return DraftModelDrafter(
+                own, config.kv, size, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(own), tree=config.tree
+            )  # fmt: skip
 
 
 def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer | EagleHead | DFlashHead:

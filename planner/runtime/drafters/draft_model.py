@@ -46,9 +46,12 @@ class Stretch(NamedTuple):
 class DraftModelDrafter:
     taps = ()
 
-    def __init__(self, model: Transformer, policy: KVPolicy, vocab_size: int, *, draft_len: int, batch: int, tree: Tree | None = None):
-        """vocab_size is the target's: published pairs pad theirs differently."""
+    def __init__(
+        self, model: Transformer, policy: KVPolicy, vocab_size: int, *, draft_len: int, batch: int, weights_bytes: int = 0, tree: Tree | None = None
+    ):  # fmt: skip
+        """vocab_size is the target's: published pairs pad theirs differently. weights_bytes are the model's own, not shared with the target."""
         self.model, self.policy, self.vocab_size, self.draft_len, self._batch = model, policy, vocab_size, draft_len, batch
+        self._weights_bytes = weights_bytes
         self.cache: OwnKVCache | OwnSparseKVCache | None = None  # made at start, which knows how many tokens there may be
         self._tree = tree
         self._begins: list[int] = []  # position of the first draft of the round
@@ -58,7 +61,7 @@ class DraftModelDrafter:
 
     @property
     def nbytes(self) -> int:
-        return self.model.nbytes + (0 if self.cache is None else self.cache.nbytes)
+        return self._weights_bytes + (0 if self.cache is None else self.cache.nbytes)
 
     def start(self, target_cache: KVCache, histories: list[list[int]]) -> None:
         model, options = self.model, {"batch": self._batch, "dtype": self.model.dtype, "device": self.model.device}
