@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from planner.errors import BadInput
 from planner.runtime.fields import MAX_VOCAB, MAX_WIDTH, Fields, one_line, read_json
 from planner.runtime.kernels import Kernels
-from planner.runtime.kv_cache import KVCache
+from planner.runtime.kv_cache import KVCache, Mask
 from planner.runtime.linear import Linear, Matrix, ReducedHead, frozen
 from planner.runtime.model import Layer, Transformer
 from planner.runtime.rope import attention_factor, inverse_frequency, rotation
@@ -69,7 +69,7 @@ class EagleHead(nn.Module):
         g: Tensor,  # [B, n, C]
         positions: Tensor,  # [B, n]
         cache: KVCache,
-        mask: Tensor | None = None,  # as Transformer.forward takes it
+        mask: Mask = None,
     ) -> Tensor:  # [B, n, C]
         """h, before the last norm; writes the entries' keys and values into the cache without committing them."""
         kernels, layer, eps = self.kernels, self.layer, self.spec.rms_norm_eps

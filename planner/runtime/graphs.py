@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from planner.runtime.kernels import Kernels
-from planner.runtime.kv_cache import KVCache, additive_mask
+from planner.runtime.kv_cache import Ancestors, KVCache, Mask, additive_mask
 from planner.runtime.rope import Rotation
 
-MAX_ROWS = 64  # B * n: wider passes compute for longer than their launches take (a guess, as nothing was measured)
+MAX_ROWS = 80  # B * n: wider passes compute for longer than their launches take (a guess, as nothing was measured)
 BUCKET = 256  # keys: a graph reads up to so many in vain, and a text needs a new one as often
 MAX_GRAPHS = 64  # four widths in each of the buckets of 4096 tokens; what one takes of memory was not measured
 
@@ -49,9 +49,11 @@ class GraphKernels(Kernels):
 
     def run(
         self, layers: Sequence["Layer"], norm: Tensor, eps: float, x: Tensor, rotation: Rotation, cache: KVCache,  # noqa: F821  planner.runtime.model
-        mask: Tensor | None, taps: Collection[int],
+        mask: Mask, taps: Collection[int],
     ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         B, n, _ = x.shape
+        if isinstance(mask, Ancestors):
+            mask = cache.tree_mask(mask)
         if taps or B * n > MAX_ROWS or torch.is_grad_enabled():
             return super().run(layers, norm, eps, x, rotation, cache, mask, taps)
         end = cache.check_room(n)

@@ -298,7 +298,7 @@ const float* inputs(const BFloat16* x, int64_t count, const float*) {
 }
 
 #ifdef __AMX_BF16__
-constexpr int64_t MAX_TILED = 64;  // rows of x: four tiles of totals
+constexpr int64_t MAX_TILED = 80;  // rows of x: five tiles of totals
 
 template <int COLUMNS>
 void linear_tiled(const BFloat16* weights, const float* x, BFloat16* y, int64_t m, int64_t in, int64_t out) {
@@ -312,6 +312,7 @@ void linear_tiled(const BFloat16* weights, const float* x, BFloat16* y, int64_t 
             if constexpr (COLUMNS > 1) _tile_zero(3);
             if constexpr (COLUMNS > 2) _tile_zero(4);
             if constexpr (COLUMNS > 3) _tile_zero(5);
+            if constexpr (COLUMNS > 4) _tile_zero(7);
             const float* packed = x;
             for (int64_t i = 0; i < in; i += 2 * LANES, packed += COLUMNS * 256) {
                 for (int64_t r = 0; r < LANES; r++) __builtin_prefetch(from + (LANES + r) * in + i);
@@ -330,12 +331,17 @@ void linear_tiled(const BFloat16* weights, const float* x, BFloat16* y, int64_t 
                     _tile_loadd(6, packed + 768, 64);
                     _tile_dpbf16ps(5, 0, 6);
                 }
+                if constexpr (COLUMNS > 4) {
+                    _tile_loadd(1, packed + 1024, 64);
+                    _tile_dpbf16ps(7, 0, 1);
+                }
             }
             alignas(64) float totals[COLUMNS][256];
             _tile_stored(2, totals[0], 64);
             if constexpr (COLUMNS > 1) _tile_stored(3, totals[1], 64);
             if constexpr (COLUMNS > 2) _tile_stored(4, totals[2], 64);
             if constexpr (COLUMNS > 3) _tile_stored(5, totals[3], 64);
+            if constexpr (COLUMNS > 4) _tile_stored(7, totals[4], 64);
             for (int64_t c = 0; c < COLUMNS; c++) {
                 Floats result[LANES];
                 for (int64_t r = 0; r < LANES; r++) result[r] = load(totals[c] + r * LANES);
@@ -357,6 +363,7 @@ bool linear_tiled(const BFloat16* weights, const BFloat16* x, BFloat16* y, int64
         case 2: linear_tiled<2>(weights, packed, y, m, in, out); break;
         case 3: linear_tiled<3>(weights, packed, y, m, in, out); break;
         case 4: linear_tiled<4>(weights, packed, y, m, in, out); break;
+        case 5: linear_tiled<5>(weights, packed, y, m, in, out); break;
     }
     return true;
 }
@@ -429,6 +436,38 @@ void silu_mul(const T* gate_up, T* y, int64_t m, int64_t width) {
 
 constexpr int64_t BLOCK = 64;  // keys whose scores are computed at once
 
+constexpr int64_t WORD = 32;
+uint32_t ones(int64_t count) { return count <= 0 ? 0 : count >= WORD ? ~0u : (1u << count) - 1; }
+
+// Which keys the new tokens of a stream see: all committed ones, and of the new ones those before and including itself, or, in
+// a tree, its ancestors.
+struct Sight {
+    int64_t committed;
+    const uint32_t* ancestors;  // [n, row_words] bits of new tokens, null: causal
+    int64_t row_words;
+
+    // Bit k: whether new token i sees key first + k.
+    uint32_t word(int64_t i, int64_t first) const {
+        int64_t ahead = committed - first;
+        if (ahead >= WORD) return ~0u;
+        if (!ancestors) return ones(ahead + i + 1);
+        const uint32_t* row = ancestors + i * row_words;
+        if (ahead >= 0) return ones(ahead) | row[0] << ahead;
+        row += -ahead / WORD;
+        return ((uint64_t(row[1]) << WORD) | row[0]) >> (-ahead % WORD);
+    }
+};
+
+int64_t row_words(int64_t n) { return n / WORD + 2; }  // a word is put together of two
+
+// visible [B, n, n] of 0 and 1 -> bits [B, n, row_words]; nothing for a causal pass
+std::vector<uint32_t> packed_bits(const uint8_t* visible, int64_t B, int64_t n) {
+    std::vector<uint32_t> bits(visible ? B * n * row_words(n) : 0);
+    for (int64_t row = 0; visible && row < B * n; row++)
+        for (int64_t j = 0; j < n; j++) bits[row * row_words(n) + j / WORD] |= uint32_t(visible[row * n + j] != 0) << (j % WORD);
+    return bits;
+}
+
 // Softmax over a part of the keys: the largest score, the sum of exponentials, the weighted sum of values.
 struct Part {
     float largest, total;
@@ -448,10 +487,10 @@ void add_values(const float* values, const float* weights, int64_t count, float*
         for (int v = 0; v < V; v++) store(result + (r * V + v) * LANES, total[r][v]);
 }
 
-// Rows of queries against the keys [begin, end) of one KV head. Row r sees the keys before visible + r % n.
+// Rows of queries against the keys [begin, end) of one KV head. Row r is of new token r % n.
 template <int V, class T>
 void attend_part(
-    const float* queries, const T* keys, const T* values, int64_t rows, int64_t n, int64_t begin, int64_t end, int64_t visible,
+    const float* queries, const T* keys, const T* values, int64_t rows, int64_t n, int64_t begin, int64_t end, const Sight& sight,
     float scale, Part* parts, float* results, float* buffer) {
     constexpr int64_t D = V * LANES;
     float* block = buffer;                // [BLOCK, D]
@@ -480,15 +519,20 @@ void attend_part(
         }
         for (int64_t r = 0; r < rows; r++) {
             float* row = scores + r * BLOCK;
-            int64_t seen = std::max<int64_t>(0, std::min(count, visible + r % n - first));
-            for (int64_t s = seen; s < (count + LANES - 1) / LANES * LANES; s++) row[s] = -1e30f;
-            float largest = parts[r].largest;
-            for (int64_t s = 0; s < seen; s++) largest = std::max(largest, row[s]);
+            const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+            Ints seen[BLOCK / LANES];
+            Floats now = Floats{} + parts[r].largest;
+            for (int64_t s = 0; s < count; s += LANES) {
+                Words bits = Words{} + (sight.word(r % n, first + s) & ones(count - s));
+                seen[s / LANES] = (Ints)((bits >> lane & 1) != 0);
+                Floats score = seen[s / LANES] ? load(row + s) : Floats{} - 1e30f;
+                now = score > now ? score : now;
+            }
+            float largest = now[0];
+            for (int64_t s = 1; s < LANES; s++) largest = std::max(largest, now[s]);
             Floats total = {};
             for (int64_t s = 0; s < count; s += LANES) {
-                Floats weight = exponential(load(row + s) - largest);
-                Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                weight = (Floats)((Ints)weight & (lane + int32_t(s) < int32_t(seen)));
+                Floats weight = seen[s / LANES] ? exponential(load(row + s) - largest) : Floats{};
                 store(row + s, weight);
                 total += weight;
             }
@@ -512,13 +556,13 @@ void attend_part(
 }
 
 #ifdef __AMX_BF16__
-constexpr int64_t PAIRS = 32;  // keys of one block: the depth of a tile
+constexpr int64_t PAIRS = WORD;  // keys of one block: the depth of a tile
 
 // The same with matrix units. Scores lie as [key, row], 16 rows to a vector; results has room for whole tiles of rows.
 template <int V>
 void attend_part_tiled(
     const float* packed_queries,  // [row tiles, D / 32, 16, 16]
-    const BFloat16* keys, const BFloat16* values, int64_t rows, int64_t n, int64_t begin, int64_t end, int64_t visible, float scale,
+    const BFloat16* keys, const BFloat16* values, int64_t rows, int64_t n, int64_t begin, int64_t end, const Sight& sight, float scale,
     Part* parts, float* results, float* buffer) {
     constexpr int64_t D = V * LANES, TILE = 256;
     int64_t row_tiles = (rows + LANES - 1) / LANES;
@@ -564,13 +608,13 @@ void attend_part_tiled(
             _tile_stored(0, scores, 64);
             _tile_stored(1, scores + TILE, 64);
 
-            Ints seen = {};  // keys of this block before which each row stops
-            for (int64_t r = 0; r < LANES; r++) seen[r] = std::min(count, visible + (t * LANES + r) % n - first);
-            bool all_seen = first + PAIRS <= std::min(visible, end);
+            bool all_seen = first + PAIRS <= std::min(sight.committed, end);
+            Words seen = {};  // of this block, by row
+            for (int64_t r = 0; !all_seen && r < LANES; r++) seen[r] = sight.word((t * LANES + r) % n, first) & ones(count);
             Floats before = load(largest + t * LANES), now = before;
             for (int64_t s = 0; s < PAIRS; s++) {
                 Floats score = load(scores + s * LANES) * scale;
-                if (!all_seen) score = int32_t(s) < seen ? score : Floats{} - 1e30f;
+                if (!all_seen) score = (seen >> s & 1) != 0 ? score : Floats{} - 1e30f;
                 store(scores + s * LANES, score);
                 now = score > now ? score : now;
             }
@@ -579,8 +623,8 @@ void attend_part_tiled(
             for (int64_t j = 0; j < LANES; j++) {
                 Floats even = exponential(load(scores + 2 * j * LANES) - now), odd = exponential(load(scores + (2 * j + 1) * LANES) - now);
                 if (!all_seen) {
-                    even = int32_t(2 * j) < seen ? even : Floats{};
-                    odd = int32_t(2 * j + 1) < seen ? odd : Floats{};
+                    even = (seen >> 2 * j & 1) != 0 ? even : Floats{};
+                    odd = (seen >> (2 * j + 1) & 1) != 0 ? odd : Floats{};
                 }
                 total += even + odd;
                 words[j] = (Floats)(rounded(even) | rounded(odd) << 16);
@@ -607,7 +651,7 @@ void attend_part_tiled(
 }
 #endif
 
-// Rotate queries and keys (halves, not interleaved), write keys and values behind each stream's length, attend causally.
+// Rotate queries and keys (halves, not interleaved), write keys and values behind each stream's length, attend.
 template <int V, class T>
 void attend(
     const T* qkv,        // [B, n, H + 2G, D]
@@ -616,7 +660,9 @@ void attend(
     T* keys,             // [B, G, capacity, D]
     T* values,
     T* out,              // [B, n, H, D]
-    const int64_t* lengths, int64_t B, int64_t n, int64_t H, int64_t G, int64_t capacity, int64_t stride) {
+    const int64_t* lengths,
+    const uint32_t* ancestors,  // [B, n, row_words], null: causal
+    int64_t B, int64_t n, int64_t H, int64_t G, int64_t capacity, int64_t stride) {
     constexpr int64_t D = V * LANES;
     int64_t heads = H / G, rows = heads * n;
     int64_t longest = *std::max_element(lengths, lengths + B) + n;
@@ -684,14 +730,15 @@ void attend(
                     const T *key = keys + b * stride + g * capacity * D, *value = values + b * stride + g * capacity * D;
                     Part* part = parts + (head * num_parts + p) * rows;
                     float* result = results + (head * num_parts + p) * row_tiles * LANES * D;
+                    Sight sight{lengths[b], ancestors ? ancestors + b * n * row_words(n) : nullptr, row_words(n)};
 #ifdef __AMX_BF16__
                     if constexpr (TILED)
                         if (matrix_units) {
-                            attend_part_tiled<V>(packed + head * row_tiles * D / 32 * 256, key, value, rows, n, begin, end, lengths[b] + 1, softmax_scale, part, result, buffer.data());
+                            attend_part_tiled<V>(packed + head * row_tiles * D / 32 * 256, key, value, rows, n, begin, end, sight, softmax_scale, part, result, buffer.data());
                             continue;
                         }
 #endif
-                    attend_part<V>(queries + head * rows * D, key, value, rows, n, begin, end, lengths[b] + 1, softmax_scale, part, result, buffer.data());
+                    attend_part<V>(queries + head * rows * D, key, value, rows, n, begin, end, sight, softmax_scale, part, result, buffer.data());
                 }
 #pragma omp for schedule(static) collapse(2)
         for (int64_t head = 0; head < B * G; head++)
@@ -746,17 +793,18 @@ struct Cache {
 };
 
 template <class T>
-void attend(const T* qkv, const float* cosine, const float* sine, const Cache<T>& cache, int64_t layer, T* out, int64_t B, int64_t n, int64_t H,
-            int64_t G, int64_t D) {
+void attend(const T* qkv, const float* cosine, const float* sine, const Cache<T>& cache, int64_t layer, const uint32_t* ancestors, T* out,
+            int64_t B, int64_t n, int64_t H, int64_t G, int64_t D) {
     T *keys = cache.keys + layer * cache.layer_stride, *values = cache.values + layer * cache.layer_stride;
     auto kernel = D == 64 ? attend<4, T> : attend<8, T>;
-    kernel(qkv, cosine, sine, keys, values, out, cache.lengths, B, n, H, G, cache.capacity, cache.stream_stride);
+    kernel(qkv, cosine, sine, keys, values, out, cache.lengths, ancestors, B, n, H, G, cache.capacity, cache.stream_stride);
 }
 
-// All layers on the residual stream x [m, width], which is overwritten; y: x after the last norm.
+// All layers on the residual stream x [m, width], which is overwritten; y: x after the last norm; tapped: where the stream behind
+// each layer is wanted, null where it is not.
 template <class T>
-void run(const Layer<T>* layers, int64_t count, const T* norm, float eps, T* x, T* y, const float* cosine, const float* sine, const Cache<T>& cache,
-         int64_t B, int64_t n, int64_t H, int64_t G, int64_t D) {
+void run(const Layer<T>* layers, int64_t count, const T* norm, float eps, T* x, T* y, T* const* tapped, const float* cosine, const float* sine,
+         const Cache<T>& cache, const uint32_t* ancestors, int64_t B, int64_t n, int64_t H, int64_t G, int64_t D) {
     int64_t m = B * n, width = layers[0].qkv.in, inner = layers[0].mlp_out.in;
     std::vector<T> buffer(m * (2 * width + (H + 2 * G) * D + H * D + 3 * inner));
     T *delta = buffer.data(), *normed = delta + m * width, *qkv = normed + m * width, *attended = qkv + m * (H + 2 * G) * D;
@@ -765,12 +813,14 @@ void run(const Layer<T>* layers, int64_t count, const T* norm, float eps, T* x, 
         const Layer<T>& layer = layers[i];
         add_norm(x, i ? delta : nullptr, layer.attention_norm, x, normed, m, width, eps);
         layer.qkv.apply(normed, qkv, m);
-        attend(qkv, cosine, sine, cache, i, attended, B, n, H, G, D);
+        attend(qkv, cosine, sine, cache, i, ancestors, attended, B, n, H, G, D);
         layer.attention_out.apply(attended, delta, m);
         add_norm(x, delta, layer.mlp_norm, x, normed, m, width, eps);
         layer.gate_up.apply(normed, gate_up, m);
         silu_mul(gate_up, activated, m, inner);
         layer.mlp_out.apply(activated, delta, m);
+        if (tapped[i])
+            for (int64_t j = 0; j < m * width; j += LANES) store(tapped[i] + j, load(x + j) + load(delta + j));
     }
     add_norm(x, delta, norm, x, y, m, width, eps);
 }
@@ -782,14 +832,18 @@ void run(const Layer<T>* layers, int64_t count, const T* norm, float eps, T* x, 
     void linear_##NAME(const Matrix<T>* matrix, const T* x, T* y, int64_t m) { matrix->apply(x, y, m); }                       \
     void restore_##NAME(const Matrix<T>* matrix, T* to) { matrix->restore_to(to); }                                           \
     void attend_##NAME(                                                                                                        \
-        const T* qkv, const float* cosine, const float* sine, const Cache<T>* cache, int64_t layer, T* out, int64_t B,         \
-        int64_t n, int64_t H, int64_t G, int64_t D) {                                                                          \
-        attend(qkv, cosine, sine, *cache, layer, out, B, n, H, G, D);                                                          \
+        const T* qkv, const float* cosine, const float* sine, const Cache<T>* cache, int64_t layer, const uint8_t* visible,    \
+        T* out, int64_t B, int64_t n, int64_t H, int64_t G, int64_t D) {                                                       \
+        auto bits = packed_bits(visible, B, n);                                                                                \
+        attend(qkv, cosine, sine, *cache, layer, visible ? bits.data() : nullptr, out, B, n, H, G, D);                         \
     }                                                                                                                          \
     void run_##NAME(                                                                                                           \
-        const Layer<T>* layers, int64_t count, const T* norm, float eps, T* x, T* y, const float* cosine, const float* sine,   \
-        const Cache<T>* cache, int64_t B, int64_t n, int64_t H, int64_t G, int64_t D) {                                        \
-        run(layers, count, norm, eps, x, y, cosine, sine, *cache, B, n, H, G, D);                                              \
+        const Layer<T>* layers, int64_t count, const T* norm, float eps, T* x, T* y, T* const* tapped, const float* cosine,    \
+        const float* sine, const Cache<T>* cache, const uint8_t* visible, int64_t B, int64_t n, int64_t H, int64_t G,          \
+        int64_t D) {                                                                                                           \
+        auto bits = packed_bits(visible, B, n);                                                                                \
+        const uint32_t* ancestors = visible ? bits.data() : nullptr;                                                           \
+        run(layers, count, norm, eps, x, y, tapped, cosine, sine, *cache, ancestors, B, n, H, G, D);                           \
     }                                                                                                                          \
     }
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from planner.runtime.kv_cache import KVCache
+from planner.runtime.kv_cache import Ancestors, KVCache, Mask
 from planner.runtime.rope import Rotation, rotate
 
 
@@ -46,7 +46,7 @@ class Kernels:
         x: Tensor,  # [B, n, C]: embedded tokens; not to be used afterwards
         rotation: Rotation,
         cache: KVCache,
-        mask: Tensor | None,  # as attend takes it
+        mask: Mask,
         taps: Collection[int],  # layers whose output is wanted
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """All layers and the last norm: hidden states [B, n, C], and the residual stream after each tapped layer."""
@@ -102,12 +102,16 @@ class Kernels:
         rotation: Rotation,
         cache: KVCache,
         layer: int,
-        mask: Tensor | None,  # [1 or B, 1, n, S], added to the scores; None: causal behind each stream's committed tokens
+        mask: Mask,
     ) -> Tensor:  # [B, n, H * D]
         """Rotate queries and keys, write keys and values into the cache, attend."""
         q, k, v = self.split_heads(qkv, rotation, cache)
         keys, values = cache.append(layer, k, v)
-        return attention(q, keys, values, cache.causal_mask(q.shape[2]) if mask is None else mask)
+        if mask is None:
+            mask = cache.causal_mask(q.shape[2])
+        elif isinstance(mask, Ancestors):
+            mask = cache.tree_mask(mask)
+        return attention(q, keys, values, mask)
 
 
 class QueryKernels(Kernels):

@@ -6,11 +6,40 @@ committed is overwritten by the next pass, so rolling back costs nothing.
 B  streams     H  KV heads     D  head_dim     n  new tokens of one pass     C  hidden_size
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from planner.runtime import kv_select
 from planner.specs import ModelSpec, SparseKV
+
+
+class Ancestors(NamedTuple):
+    """The mask of a pass over a tree, or over one for each stream: committed tokens are seen by all, new ones by their descendants."""
+
+    visible: Tensor  # [B, n, n] bool: whether new token i sees new token j, itself included
+
+    @classmethod
+    def of(
+        cls,
+        parents: Tensor,  # [B, N], -1: children of the root
+        depth: int,  # levels at most, the root excluded
+    ) -> "Ancestors":  # n = N + 1, the root first
+        """Of trees whose nodes say which one they stand behind."""
+        B, N = parents.shape
+        reached = torch.eye(N + 1, device=parents.device).repeat(B, 1, 1)
+        reached[:, 1:].scatter_(2, parents[..., None] + 1, 1.0)
+        for _ in range(max(0, depth - 1).bit_length()):  # each step doubles how far back is seen
+            reached = (reached @ reached).clamp(max=1.0)
+        return cls(reached > 0)
+
+    @property
+    def depths(self) -> Tensor:  # [B, n]
+        return self.visible.sum(-1) - 1
+
+
+Mask = Tensor | Ancestors | None  # a tensor [1 or B, 1, n, S] is added to the scores; None: causal behind each stream's committed tokens
 
 
 class KVCache:
@@ -79,6 +108,27 @@ class KVCache:
         slot = torch.arange(max(self.lengths) + n, device=self.keys.device)
         last_visible = torch.tensor(lengths, device=slot.device)[:, None] + torch.arange(n, device=slot.device)  # [1 or B, n]
         return additive_mask(slot <= last_visible[:, :, None], self.keys.dtype)[:, None]
+
+    def tree_mask(self, ancestors: Ancestors) -> Tensor:  # [B, 1, n, longest + n]
+        """The same with a tree among the new tokens."""
+        B, n, _ = ancestors.visible.shape
+        lengths = torch.tensor(self.lengths, device=self.keys.device)[:, None]
+        new = torch.arange(max(self.lengths) + n, device=lengths.device) - lengths  # [B, S] which of the new tokens lies in a slot
+        visible = ancestors.visible.gather(2, new.clamp(0, n - 1)[:, None].expand(B, n, -1))
+        return additive_mask((new < 0)[:, None] | (visible & (new < n)[:, None]), self.keys.dtype)[:, None]
+
+    def compact(self, paths: list[list[int]]) -> None:
+        """Of the last pass over trees, move each stream's accepted nodes, in the order of the path, right behind the root.
+
+        paths  numbers of nodes by stream, 0 being the first behind the root
+        """
+        slots = [(b, self.lengths[b] + 1) for b in range(len(paths))]
+        moves = [(b, first + node, first + i) for (b, first), path in zip(slots, paths, strict=True) for i, node in enumerate(path) if node != i]
+        if moves:
+            b, here, there = torch.tensor(moves, device=self.keys.device).unbind(1)
+            for own in (self.keys, self.values):
+                own[:, b, :, there] = own[:, b, :, here]
+            self.features[b, there] = self.features[b, here]
 
     def commit(self, counts: list[int]) -> None:
         """Keep the first counts[b] tokens of the last pass of each stream."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from planner.runtime.kernels import Kernels, QueryKernels
-from planner.runtime.kv_cache import KVCache, additive_mask
+from planner.runtime.kv_cache import KVCache, Mask, additive_mask
 from planner.runtime.linear import Linear, Matrix, ReducedHead, frozen, quantized
 from planner.runtime.rope import attention_factor, inverse_frequency, rotation
 from planner.runtime.weights import Checkpoint
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         tokens: Tensor,  # [B, n]
         positions: Tensor,  # [B, n]
         cache: KVCache,
-        mask: Tensor | None = None,  # [1 or B, 1, n, S], added to the scores; None: causal behind each stream's committed tokens
+        mask: Mask = None,
         taps: Collection[int] = (),
     ) -> Output:
         """Hidden states of the new tokens; writes their keys and values into the cache without committing them, and of
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         return torch.cat(recorder.queries).unflatten(1, (cache.keys.shape[2], -1))
 
     def _run(
-        self, kernels: Kernels, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None, taps: Collection[int]
+        self, kernels: Kernels, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Mask, taps: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         x = self.kernels.embed(tokens, self.embedding)
         turned = rotation(positions, self.inverse_frequency, self.attention_factor)

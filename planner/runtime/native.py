@@ -22,7 +22,7 @@ from torch import Tensor
 
 from planner.errors import BadInput
 from planner.runtime.kernels import Kernels
-from planner.runtime.kv_cache import KVCache
+from planner.runtime.kv_cache import Ancestors, KVCache, Mask
 from planner.runtime.linear import Matrix
 from planner.runtime.rope import Rotation
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ["-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
-MAX_ROWS = 64  # of a matrix product: beyond, it is bound by arithmetic, and PyTorch's is as good
+MAX_ROWS = 80  # of a matrix product, a tree of 64 nodes among them: beyond, it is bound by arithmetic, and PyTorch's is as good
 MAX_QUANTIZED_ROWS = 16  # beyond, restoring the weights and multiplying in bfloat16 is faster
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -69,13 +69,13 @@ class _Cache(ctypes.Structure):
 ARGUMENTS = {
     "linear": [POINTER, POINTER, POINTER, INTEGER],
     "restore": [POINTER, POINTER],
-    "attend": [POINTER, POINTER, POINTER, POINTER, INTEGER, POINTER] + [INTEGER] * 5,
-    "run": [POINTER, INTEGER, POINTER, ctypes.c_float] + [POINTER] * 5 + [INTEGER] * 5,
+    "attend": [POINTER, POINTER, POINTER, POINTER, INTEGER, POINTER, POINTER] + [INTEGER] * 5,
+    "run": [POINTER, INTEGER, POINTER, ctypes.c_float] + [POINTER] * 7 + [INTEGER] * 5,
 }
 
 
 class NativeKernels(Kernels):
-    """Passes over a few tokens in one call; matrix products of wide ones, and masks of the caller's, are left to PyTorch."""
+    """Passes over a few tokens in one call, trees and taps included; matrix products of wide ones, and other masks, are left to PyTorch."""
 
     execution = "native"
 
@@ -105,8 +105,8 @@ class NativeKernels(Kernels):
         self._functions["linear"](ctypes.byref(table), x.data_ptr(), y.data_ptr(), rows)
         return y
 
-    def attend(self, qkv: Tensor, rotation: Rotation, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
-        if mask is not None or not self._takes(qkv, rotation) or not self._takes_cache(cache, len(qkv)):
+    def attend(self, qkv: Tensor, rotation: Rotation, cache: KVCache, layer: int, mask: Mask) -> Tensor:
+        if isinstance(mask, Tensor) or not self._takes(qkv, rotation) or not self._takes_cache(cache, len(qkv)):
             return super().attend(qkv, rotation, cache, layer, mask)
         B, n, width = qkv.shape
         G, D = cache.keys.shape[2], cache.keys.shape[4]
@@ -114,12 +114,13 @@ class NativeKernels(Kernels):
         cache.check_room(n)
         out = qkv.new_empty(B, n, H * D)
         self._functions["attend"](
-            qkv.data_ptr(), rotation.cos.data_ptr(), rotation.sin.data_ptr(), ctypes.byref(_Cache.of(cache)), layer, out.data_ptr(), B, n, H, G, D
-        )
+            qkv.data_ptr(), rotation.cos.data_ptr(), rotation.sin.data_ptr(), ctypes.byref(_Cache.of(cache)), layer, _address(mask, B, n),
+            out.data_ptr(), B, n, H, G, D,
+        )  # fmt: skip
         return out
 
     def run(
-        self, layers: Sequence["Layer"], norm: Tensor, eps: float, x: Tensor, rotation: Rotation, cache: KVCache, mask: Tensor | None,
+        self, layers: Sequence["Layer"], norm: Tensor, eps: float, x: Tensor, rotation: Rotation, cache: KVCache, mask: Mask,
         taps: Collection[int],
     ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         B, n, _ = x.shape
@@ -129,17 +130,18 @@ class NativeKernels(Kernels):
             fits = plain and all(self._fits(matrix) and matrix.shape[0] % 32 == 0 for layer in layers for matrix in _matrices(layer))
             self._tables[layers] = (_Layer * len(layers))(*(_layer(layer) for layer in layers)) if fits else None
         takes = self._tables[layers] is not None and self._takes(x, rotation) and self._takes_cache(cache, B)
-        if mask is not None or taps or not narrow or not takes:
+        if isinstance(mask, Tensor) or not narrow or not takes:
             return super().run(layers, norm, eps, x, rotation, cache, mask, taps)
         G, D = cache.keys.shape[2], cache.keys.shape[4]
         H = layers[0].attention_out.shape[1] // D
         cache.check_room(n)
-        hidden = torch.empty_like(x)
+        hidden, tapped = torch.empty_like(x), {layer: torch.empty_like(x) for layer in taps}
+        addresses = (POINTER * len(layers))(*(tapped[layer].data_ptr() if layer in tapped else None for layer in range(len(layers))))
         self._functions["run"](
-            self._tables[layers], len(layers), norm.data_ptr(), eps, x.data_ptr(), hidden.data_ptr(), rotation.cos.data_ptr(),
-            rotation.sin.data_ptr(), ctypes.byref(_Cache.of(cache)), B, n, H, G, D,
+            self._tables[layers], len(layers), norm.data_ptr(), eps, x.data_ptr(), hidden.data_ptr(), addresses, rotation.cos.data_ptr(),
+            rotation.sin.data_ptr(), ctypes.byref(_Cache.of(cache)), _address(mask, B, n), B, n, H, G, D,
         )  # fmt: skip
-        return hidden, {}
+        return hidden, tapped
 
     def forget(self) -> None:
         self._tables.clear()
@@ -160,6 +162,15 @@ class NativeKernels(Kernels):
         dtypes = matrix.weights.dtype, None if matrix.scales is None else matrix.scales.dtype
         known = (self._dtype, None), (torch.int8, torch.float32), (torch.uint8, torch.bfloat16)
         return dtypes in known and matrix.shape[1] % 32 == 0
+
+
+def _address(mask: Ancestors | None, B: int, n: int) -> int | None:
+    """Where the library finds who sees whom, a byte for each pair of new tokens."""
+    if mask is None:
+        return None
+    if mask.visible.shape != (B, n, n) or mask.visible.dtype != torch.bool or not mask.visible.is_contiguous():
+        raise ValueError(f"a tree's mask must be bool of shape {[B, n, n]} in one piece, got {mask.visible.dtype} of {list(mask.visible.shape)}")
+    return mask.visible.data_ptr()
 
 
 def _most_rows(matrix: Matrix) -> int:

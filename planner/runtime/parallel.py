@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from planner.errors import BadInput, PlannerError
 from planner.runtime.kernels import Kernels, Rotation
-from planner.runtime.kv_cache import KVCache
+from planner.runtime.kv_cache import KVCache, Mask
 from planner.runtime.linear import Matrix
 from planner.runtime.model import Transformer, build_model
 from planner.runtime.ranks import Ranks
@@ -47,7 +47,7 @@ class ShardedKernels(Kernels):
     def linear(self, x: Tensor, matrix: Matrix) -> Tensor:
         return self.steps.linear(x, matrix)
 
-    def attend(self, qkv: Tensor, rotation: Rotation, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, rotation: Rotation, cache: KVCache, layer: int, mask: Mask) -> Tensor:
         return self.steps.attend(qkv, rotation, cache, layer, mask)
 
     def embed(self, tokens: Tensor, embedding: Tensor) -> Tensor:

@@ -37,6 +37,15 @@ def sample(
     return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(-1)
 
 
+def choose(
+    logits: Tensor,  # [B, V]
+    sampler: Sampler,
+    uniform: Tensor,  # [B] float64 in [0, 1)
+) -> Tensor:  # [B]
+    """What a sampler draws, without a distribution where it is greedy."""
+    return logits.argmax(-1) if sampler.greedy else sample(probabilities(logits, sampler), uniform)
+
+
 def uniforms(generators: list[torch.Generator], count: int) -> Tensor:  # [B, count] float64 in [0, 1)
     """Random numbers, from a generator per stream."""
     rows = [torch.rand(count, generator=g, dtype=torch.float64, device=g.device) for g in generators]

@@ -112,11 +112,11 @@ def test_sampled_output_follows_the_target(config):
 
 def test_what_a_draft_sees_matters_to_the_test_of_sampling(monkeypatch):
     """A drafter that reports another distribution than it drew from is caught."""
-    from planner.runtime.drafters import draft_model
+    from planner.runtime.drafters import trees
 
     target = target_for(DRAFTS["own, full"].drafter, 0.9)
-    sampler, real = Sampler(temperature=1.0, top_k=12), draft_model.sample
-    monkeypatch.setattr(draft_model, "sample", lambda probs, uniform: real(probs**3, uniform))
+    sampler, real = Sampler(temperature=1.0, top_k=12), trees.sample
+    monkeypatch.setattr(trees, "sample", lambda probs, uniform: real(probs**3, uniform))
     assert p_value(joint_frequencies(target, DRAFTS["own, full"], sampler, runs=1200), exact_pairs(target, sampler)) < 1e-6
 
 

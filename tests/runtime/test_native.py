@@ -19,7 +19,7 @@ from tiny import NATIVE, native_kernels, prefilled, random_prompt, tiny_model, t
 from planner.errors import BadInput
 from planner.runtime import native
 from planner.runtime.kernels import Kernels
-from planner.runtime.kv_cache import KVCache, SparseKVCache
+from planner.runtime.kv_cache import Ancestors, KVCache, SparseKVCache
 from planner.runtime.linear import Linear, quantized
 from planner.runtime.model import prefill
 from planner.runtime.native import MAX_QUANTIZED_ROWS, MAX_ROWS
@@ -72,13 +72,13 @@ def test_products_are_exact_up_to_rounding_for_any_number_of_rows(kernels, weigh
     matrix = quantized(Linear(randn(out, width, dtype=dtype), kernels), weights)
     called = calls_of(kernels, monkeypatch)
     most = MAX_ROWS if weights == "full" else MAX_QUANTIZED_ROWS
-    for m in range(1, 66):
+    for m in range(1, MAX_ROWS + 2):
         x = randn(m, width, dtype=dtype, seed=m)
         tolerance = {"atol": 1e-4, "rtol": 1e-5} if dtype == F32 else {"atol": 1e-3, "rtol": ULP / 2 * 1.01}
         if m > most and dtype == BF16:
             tolerance["atol"] = 0.3 if weights != "full" else 1e-3  # PyTorch's, of rounded weights
         torch.testing.assert_close(matrix(x).float(), exact_product(x, matrix), **tolerance, msg=lambda text, m=m: f"{m} rows: {text}")
-    assert Counter(called) == Counter(linear=most, restore=(65 - most) * (weights != "full"))
+    assert Counter(called) == Counter(linear=most, restore=(MAX_ROWS + 1 - most) * (weights != "full"))
 
 
 def test_a_product_keeps_the_shape_of_its_input(kernels):
@@ -130,13 +130,13 @@ def test_a_row_of_a_product_is_the_same_bits_however_many_rows_the_same_kernel_t
     """Few rows of dense bfloat16 go another way than many where there are matrix units, so few and many are apart."""
     dtype = dtype_of(kernels)
     matrix = quantized(Linear(randn(48, 96, dtype=dtype), kernels), weights)
-    x = randn(64, 96, dtype=dtype)
+    x = randn(MAX_ROWS, 96, dtype=dtype)
     most = MAX_ROWS if weights == "full" else MAX_QUANTIZED_ROWS
-    for counts in ((1, 2, 3), (4, 5, 7, 16, 17, 33, 63, 64)):
+    for counts in ((1, 2, 3), (4, 5, 7, 16, 17, 33, 63, 64, 65, MAX_ROWS)):
         fitting = [m for m in counts if m <= most]
         for m in fitting:
             assert torch.equal(matrix(x[:m])[: fitting[0]], matrix(x[: fitting[0]]))
-            assert torch.equal(matrix(x[64 - m :])[-1], matrix(x[64 - fitting[0] :])[-1])
+            assert torch.equal(matrix(x[-m:])[-1], matrix(x[-fitting[0] :])[-1])
 
 
 # ---- attention
@@ -162,15 +162,25 @@ def as_float(cache: KVCache) -> KVCache:
     return copy
 
 
-def attends_like_pytorch(kernels, cache, n, H, layer=1):
+def random_trees(B, n, seed=0) -> Ancestors:
+    """A tree of n nodes for each stream, a child of an earlier node each."""
+    visible = torch.eye(n, dtype=torch.bool).repeat(B, 1, 1)
+    generator = torch.Generator().manual_seed(seed)
+    for b in range(B):
+        for i in range(1, n):
+            visible[b, i] |= visible[b, int(torch.randint(i, (1,), generator=generator))]
+    return Ancestors(visible)
+
+
+def attends_like_pytorch(kernels, cache, n, H, layer=1, mask=None):
     """Output and cache are those of PyTorch in float32 on the same numbers."""
     dtype = cache.keys.dtype
     B, G, D = len(cache.lengths), *cache.keys.shape[2::2]
     qkv = randn(B, n, (H + 2 * G) * D, dtype=dtype, seed=3)
     rotation = rotation_of(cache.lengths, n, D)
     reference = as_float(cache)
-    expected = Kernels().attend(qkv.float(), rotation, reference, layer, None)
-    result = kernels.attend(qkv, rotation, cache, layer, None)
+    expected = Kernels().attend(qkv.float(), rotation, reference, layer, mask)
+    result = kernels.attend(qkv, rotation, cache, layer, mask)
     tolerance = {"atol": 2e-5, "rtol": 1e-5} if dtype == F32 else {"atol": 0.03, "rtol": ULP}
     torch.testing.assert_close(result.float(), expected, **tolerance)
     torch.testing.assert_close(cache.keys.float(), reference.keys, **(tolerance if dtype == F32 else {"atol": 1e-6, "rtol": ULP}))
@@ -193,6 +203,36 @@ def test_attention_is_pytorchs(kernels, lengths, D, H, G, monkeypatch):
         attends_like_pytorch(kernels, filled_cache(lengths, G, D, max(lengths) + n, dtype_of(kernels)), n, H)  # filled to the last slot
         attends_like_pytorch(kernels, filled_cache(lengths, G, D, max(lengths) + n + 9, dtype_of(kernels)), n, H, layer=0)
     assert called == ["attend"] * 2 * len(counts)
+
+
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize(("D", "H", "G"), [(64, 6, 2), (128, 2, 2), (64, 3, 1)])
+def test_attention_of_trees_is_pytorchs(kernels, lengths, D, H, G, monkeypatch):
+    called = calls_of(kernels, monkeypatch)
+    counts = (1, 2, 9, 33, 65, 100)
+    for n in counts:
+        attends_like_pytorch(
+            kernels, filled_cache(lengths, G, D, max(lengths) + n, dtype_of(kernels)), n, H, mask=random_trees(len(lengths), n, seed=n)
+        )
+    assert called == ["attend"] * len(counts)
+
+
+@pytest.mark.parametrize("lengths", [[0], [63], [300], [5, 200, 64, 31]], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 33, 65])
+def test_a_tree_that_is_a_chain_is_attended_to_the_bit_as_a_causal_pass(kernels, lengths, n):
+    H, G, D, B = 6, 2, 64, len(lengths)
+    qkv, rotation = randn(B, n, (H + 2 * G) * D, dtype=dtype_of(kernels), seed=3), rotation_of(lengths, n, D)
+    chain = Ancestors(torch.ones(n, n, dtype=torch.bool).tril().repeat(B, 1, 1))
+    results = [kernels.attend(qkv, rotation, filled_cache(lengths, G, D, max(lengths) + n, dtype_of(kernels)), 0, mask) for mask in (None, chain)]
+    assert torch.equal(*results)
+
+
+def test_a_tree_mask_that_the_library_cannot_read_is_refused(kernels):
+    qkv, rotation = randn(2, 3, 10 * 64, dtype=dtype_of(kernels)), rotation_of([9, 20], 3, 64)
+    whole = random_trees(2, 3).visible
+    for wrong in (whole[:1], whole[:, :2], whole.int(), whole.transpose(1, 2)):
+        with pytest.raises(ValueError, match="a tree's mask must be bool of shape"):
+            kernels.attend(qkv, rotation, filled_cache([9, 20], 2, 64, 30, dtype_of(kernels)), 0, Ancestors(wrong))
 
 
 def test_attention_over_a_whole_prefill_chunk_is_pytorchs(kernels):
@@ -310,14 +350,14 @@ def pair(kernels):
     return ours, tiny_model(seed=3, **NATIVE).to(dtype).float()
 
 
-def pass_over(model, lengths, n, seed=0, capacity=None, taps=(), masked=False):
+def pass_over(model, lengths, n, seed=0, capacity=None, taps=(), masked=False, tree=None):
     capacity = capacity or max(lengths) + n
     prompts = [random_prompt(length, seed=length) for length in lengths]
     cache, _ = prefilled(model, prompts, capacity)
     tokens = torch.randint(61, (len(lengths), n), generator=torch.Generator().manual_seed(seed))
     positions = torch.tensor(lengths)[:, None] + torch.arange(n)
     with torch.inference_mode():
-        return model(tokens, positions, cache, cache.causal_mask(n) if masked else None, taps), cache
+        return model(tokens, positions, cache, cache.causal_mask(n) if masked else tree, taps), cache
 
 
 def close_to(pair, result, expected):
@@ -327,7 +367,9 @@ def close_to(pair, result, expected):
         assert (result.float() - expected).norm() < 0.06 * expected.norm()
 
 
-@pytest.mark.parametrize(("lengths", "n"), [([9], 1), ([9], 5), ([3, 40, 70], 2), ([5] * 8, 8), ([5] * 5, 13), ([20], 64), ([20], 65)], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "n"), [([9], 1), ([9], 5), ([3, 40, 70], 2), ([5] * 8, 8), ([5] * 5, 13), ([20], 65), ([20], 80), ([20], 81)], ids=str
+)
 def test_a_pass_is_pytorchs_up_to_and_beyond_the_most_rows(pair, lengths, n, monkeypatch):
     expected, reference = pass_over(pair[1], lengths, n)
     called = calls_of(pair[0].kernels, monkeypatch)
@@ -339,16 +381,28 @@ def test_a_pass_is_pytorchs_up_to_and_beyond_the_most_rows(pair, lengths, n, mon
     assert passes_only[-1] == ("run" if len(lengths) * n <= MAX_ROWS else "attend")
 
 
-@pytest.mark.parametrize("options", [{"taps": (0, 1)}, {"masked": True}], ids=str)
-def test_passes_with_taps_or_a_mask_are_left_to_pytorch_layer_by_layer(pair, options, monkeypatch):
-    expected, _ = pass_over(pair[1], [8, 30], 3, **options)
+TREES = {n: random_trees(2, n, seed=n) for n in (1, 9, 17, 33, 65)}
+
+
+@pytest.mark.parametrize("options", [{"taps": (0, 1)}, {"taps": (1,)}, {"tree": True}, {"tree": True, "taps": (0,)}, {"masked": True}], ids=str)
+@pytest.mark.parametrize("n", TREES)
+def test_passes_over_trees_and_with_taps_are_pytorchs_in_one_call(pair, options, n, monkeypatch):
+    options = options | {"tree": TREES[n] if "tree" in options else None}
+    expected, reference = pass_over(pair[1], [8, 30], n, **options)
     called = calls_of(pair[0].kernels, monkeypatch)
-    result, _ = pass_over(pair[0], [8, 30], 3, **options)
+    result, cache = pass_over(pair[0], [8, 30], n, **options)
     close_to(pair, result.hidden, expected.hidden)
+    close_to(pair, cache.keys, reference.keys)
     assert set(result.taps) == set(options.get("taps", ()))
     for layer, tap in result.taps.items():
         close_to(pair, tap, expected.taps[layer])
-    assert called[-1] in ("linear", "attend")
+    in_one_call = 2 * n <= MAX_ROWS and not options.get("masked")  # a mask of the caller's is left to PyTorch, layer by layer
+    assert (called[-1] == "run") == in_one_call
+
+
+def test_a_pass_that_takes_a_tree_for_a_chain_is_caught(pair):
+    expected, result = (pass_over(pair[0], [8, 30], 9, tree=tree)[0].hidden.float() for tree in (TREES[9], None))
+    assert (result - expected).norm() > 0.3 * expected.norm()
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64, 100])

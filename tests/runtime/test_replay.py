@@ -17,7 +17,7 @@ from planner.profiler.acceptance import replay as stored_replay
 from planner.profiler.acceptance import write_texts
 from planner.profiler.texts import Prompt
 from planner.runtime.decode import cache_capacity, decode
-from planner.runtime.drafters import draft_model, eagle3, make_drafter, self_sparse
+from planner.runtime.drafters import draft_model, eagle3, make_drafter, self_sparse, trees
 from planner.runtime.drafters.protocol import TargetText
 from planner.runtime.model import prefill
 from planner.runtime.sampling import probabilities
@@ -80,8 +80,7 @@ class Forced:
 
     def __init__(self, monkeypatch):
         self.tokens = []
-        for module in (self_sparse, draft_model, eagle3):
-            monkeypatch.setattr(module, "sample", self)
+        monkeypatch.setattr(trees, "sample", self)
 
     def __call__(self, probs, uniform):
         return torch.tensor([self.tokens.pop(0)])

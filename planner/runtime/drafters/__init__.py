@@ -21,12 +21,15 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
             return NgramDrafter(model.spec.vocab_size, model.device)
         case "self_sparse":
             drafter = drafting_model(config.drafter, model)
-            return SelfSparseDrafter(drafter, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(drafter))
+            return SelfSparseDrafter(
+                drafter, config.kv, draft_len=config.draft_len, batch=batch, weights_bytes=model.extra_nbytes(drafter), tree=config.tree
+            )
         case "eagle3":
             head = drafting_model(config.drafter, model)
-            return EagleDrafter(head, draft_len=config.draft_len, weights_bytes=model.extra_nbytes(head))
+            return EagleDrafter(head, draft_len=config.draft_len, weights_bytes=model.extra_nbytes(head), tree=config.tree)
         case "draft_model":
-            return DraftModelDrafter(drafting_model(config.drafter, model), config.kv, model.spec.vocab_size, draft_len=config.draft_len, batch=batch)
+            own = drafting_model(config.drafter, model)
+            return DraftModelDrafter(own, config.kv, model.spec.vocab_size, draft_len=config.draft_len, batch=batch, tree=config.tree)
 
 
 def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer | EagleHead:

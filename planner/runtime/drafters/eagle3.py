@@ -5,25 +5,28 @@ last one committed, the last of which gives the first draft, and goes on with en
 which end with the round. So acceptance depends on where a round began, and the replay runs every round of a text.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from planner.runtime.drafters.protocol import Draft, Replay, TargetText
+from planner.runtime.drafters.protocol import Draft, Replay, TargetText, TreeReplay, no_draft
+from planner.runtime.drafters.trees import levels_for, memberships, rolled_out
 from planner.runtime.eagle_head import EagleHead
 from planner.runtime.kv_cache import KVCache, additive_mask
 from planner.runtime.model import PREFILL_CHUNK
-from planner.runtime.sampling import probabilities, probability_of, sample, uniforms
+from planner.runtime.sampling import probability_of
 from planner.runtime.verify import accept_prob_of
-from planner.specs import Sampler
+from planner.specs import Sampler, Tree
 
 STARTS_PER_PASS = 64  # rounds replayed in one forward pass: bounds its mask and its logits
 
 
 class EagleDrafter:
-    def __init__(self, head: EagleHead, *, draft_len: int, weights_bytes: int):
+    def __init__(self, head: EagleHead, *, draft_len: int, weights_bytes: int, tree: Tree | None = None):
         """weights_bytes: what the head does not share with the target."""
-        self.head, self.taps, self.draft_len, self._weights_bytes = head, head.taps, draft_len, weights_bytes
+        self.head, self.taps, self.draft_len, self._weights_bytes, self._tree = head, head.taps, draft_len, weights_bytes, tree
         self.cache: KVCache | None = None  # as large as the target's, which start() gets to know
         self._target_cache: KVCache | None = None
 
@@ -46,7 +49,7 @@ class EagleDrafter:
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
         B, K = len(histories), max(draft_lens)
         device = self.head.device
-        uniform = uniforms(generators, self.draft_len)  # as many whatever is drafted: neighbours must not change what a stream draws
+        levels = levels_for(self._tree, sampler, generators, self.draft_len)
         new = [history[length + 1 :] for history, length in zip(histories, self.cache.lengths, strict=True)]  # none where a stream has ended
         n = max(map(len, new))
         tokens = torch.tensor([own + [0] * (n - len(own)) for own in new], device=device)
@@ -55,17 +58,13 @@ class EagleDrafter:
         self.cache.commit([len(own) for own in new])
         committed = self.cache.lengths
         position = torch.tensor(committed, device=device)[:, None]
-        drafted, probs = [], []
         for i in range(K):
-            if i:
-                hidden = self.head(drafted[-1][:, None], hidden, position + i - 1, self.cache)
+            drafted = levels.add(self.head.logits(hidden[:, 0]))
+            if i + 1 < K:
+                hidden = self.head(drafted[:, None], hidden, position + i, self.cache)
                 self.cache.commit([1] * B)
-            probs.append(probabilities(self.head.logits(hidden[:, 0]), sampler))
-            drafted.append(sample(probs[-1], uniform[:, i]))
         self.cache.lengths = committed  # the drafts' own keys and values end with the round
-        if K == 0:
-            return Draft(tokens.new_zeros(B, 0), probabilities(self.head.logits(hidden[:, :0]), sampler), draft_lens)
-        return Draft(torch.stack(drafted, 1), torch.stack(probs, 1), draft_lens)
+        return levels.draft(draft_lens) if K else no_draft(B, self.head.logits(hidden[:, :0]).shape[-1], device)
 
     def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
         pass  # the next proposal reads the histories, and the hidden states that the target has left in its cache
@@ -77,33 +76,57 @@ class EagleDrafter:
         Draft 0 comes from entries of committed tokens, which are the same for all rounds; the others see these and, of
         their own kind, those of their round. All rounds of a pass make their next draft at once.
         """
-        T, L, K = len(text.tokens), len(text.prompt), draft_len
-        device = self.head.device
-        tokens = torch.tensor(text.prompt + text.tokens, device=device)
-        num_entries = L + T - 2
-        cache = self.head.new_cache(num_entries + (K - 1) * min(STARTS_PER_PASS, T - 1))
-        first = self._read(cache, text.cache, tokens[1 : num_entries + 1])[L - 1 :]  # [T-1, C]
+        T, K = len(text.tokens), draft_len
+        tokens = torch.tensor(text.tokens, device=self.head.device)
         accept_prob = np.zeros((T - 1, K), dtype=np.float32)
-        for begin in range(0, T - 1, STARTS_PER_PASS):
-            hidden = first[begin : begin + STARTS_PER_PASS]
-            S = len(hidden)
-            starts = torch.arange(begin, begin + S, device=device)
-            sees_committed = torch.arange(num_entries, device=device) < (L + starts)[:, None]
-            sees_own = torch.eye(S, dtype=torch.bool, device=device)
+        for starts, step in self._rounds(text, K):
             for j in range(K):
                 reads = starts + j
-                if j:
-                    mask = additive_mask(torch.cat([sees_committed, *[sees_own] * j], 1), self.head.dtype)[None, None]
-                    forced = tokens[(L + reads).clamp(max=L + T - 1)]
-                    hidden = self.head(forced[None], hidden[None], (L + reads - 1)[None], cache, mask)[0]
-                    cache.commit([S])
+                hidden = step(j, tokens[reads.clamp(max=T - 1)])
                 inside = reads + 1 < T
                 judged_on = (reads + 1).clamp(max=T - 1)
-                q = probability_of(self.head.logits(hidden), tokens[L + judged_on], text.sampler)
+                q = probability_of(self.head.logits(hidden), tokens[judged_on], text.sampler)
                 w = accept_prob_of(text.token_probs[judged_on - 1], q) * inside
-                accept_prob[begin : begin + S, j] = w.cpu().numpy()
-            cache.truncate(num_entries)
+                accept_prob[starts.tolist(), j] = w.cpu().numpy()
         return Replay(accept_prob, np.full(T - 1, K))
+
+    @torch.inference_mode()
+    def replay_trees(self, text: TargetText, draft_lens: Sequence[int], max_size: int) -> list[TreeReplay]:
+        """The same rounds, each behind tokens of its own."""
+        K = max(draft_lens)
+
+        def rolled(step: Callable[[int, Tensor | None], Tensor]) -> tuple[np.ndarray, np.ndarray]:
+            return rolled_out(lambda j, read: self.head.logits(step(j, read)), K, text.sampler, max_size)
+
+        return memberships([rolled(step) for _, step in self._rounds(text, K)], text.tokens, draft_lens, max_size, "chain")
+
+    def _rounds(self, text: TargetText, K: int) -> Iterator[tuple[Tensor, Callable[[int, Tensor | None], Tensor]]]:
+        """Of the rounds of a text, some at a time: the tokens [S] of the continuation that they start behind, and what makes their drafts.
+
+        That is told, for j = 0, 1, .. K-1, which tokens [S] draft j of each reads, which draft 0 does not look at, and gives hidden
+        states [S, C].
+        """
+        T, L, device = len(text.tokens), len(text.prompt), self.head.device
+        num_entries = L + T - 2
+        cache = self.head.new_cache(num_entries + (K - 1) * min(STARTS_PER_PASS, T - 1))
+        first = self._read(cache, text.cache, torch.tensor(text.prompt[1:] + text.tokens[:-1], device=device))[L - 1 :]  # [T-1, C]
+        for starts, hidden in zip(torch.arange(T - 1, device=device).split(STARTS_PER_PASS), first.split(STARTS_PER_PASS), strict=True):
+            yield starts, self._drafting(cache, starts, L, hidden)
+            cache.truncate(num_entries)
+
+    def _drafting(self, cache: KVCache, starts: Tensor, prompt_len: int, hidden: Tensor) -> Callable[[int, Tensor | None], Tensor]:
+        sees_committed = torch.arange(cache.lengths[0], device=starts.device) < (prompt_len + starts)[:, None]
+        sees_own = torch.eye(len(starts), dtype=torch.bool, device=starts.device)
+
+        def step(j: int, read: Tensor | None) -> Tensor:
+            nonlocal hidden
+            if j:
+                mask = additive_mask(torch.cat([sees_committed, *[sees_own] * j], 1), self.head.dtype)[None, None]
+                hidden = self.head(read[None], hidden[None], (prompt_len + starts + j - 1)[None], cache, mask)[0]
+                cache.commit([len(starts)])
+            return hidden
+
+        return step
 
     def _read(self, cache: KVCache, target_cache: KVCache, tokens: Tensor) -> Tensor:
         """Commit the entries of one stream's tokens [n], which follow those that the cache has; their outputs [n, C]."""

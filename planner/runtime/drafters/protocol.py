@@ -1,8 +1,9 @@
 """What every drafter offers: propose during decoding, and be replayed along a text that was already written.
 
-B  streams     K  tokens drafted     V  vocabulary size     T  tokens of a continuation
+B  streams     K  tokens drafted     N  nodes of a tree     V  vocabulary size     T  tokens of a continuation
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,11 +16,12 @@ from planner.specs import Sampler
 
 
 class Draft(NamedTuple):
-    """The proposal of one round, for all streams."""
+    """The proposal of one round, for all streams: chains drawn from a distribution, or trees, which nothing was drawn for."""
 
-    tokens: Tensor  # [B, K], drawn from probs; columns behind a stream's length hold anything
-    probs: Tensor  # [B, K, V] float32
-    lens: list[int]  # tokens really drafted per stream, 0..K
+    tokens: Tensor  # [B, K], drawn from probs, or nodes [B, N]; columns behind a stream's length hold anything
+    probs: Tensor | None  # [B, K, V] float32; None of a tree
+    lens: list[int]  # tokens or nodes per stream, 0..K
+    parents: Tensor | None = None  # [B, N] of a tree: node that each stands behind, an earlier one; -1: the last token of the history
 
 
 def no_draft(batch: int, vocab_size: int, device: torch.device) -> Draft:
@@ -48,6 +50,16 @@ class Replay(NamedTuple):
     drafted: np.ndarray  # [T-1] int: tokens that round drafts, at most K
 
 
+class TreeReplay(NamedTuple):
+    """What the trees of a drafter would have held at every place of a text, a round starting behind each token.
+
+    A round behind token s that verifies n nodes accepts as many tokens as sizes[s] has entries from 1 to n.
+    """
+
+    sizes: np.ndarray  # [T-1, K] int: nodes of the smallest best-first tree that holds the text's next 1, 2, .. tokens; 0: none up to max_size
+    probs: np.ndarray  # [T-1, max_size] float32: path probabilities of the nodes, the best first; 0 where there are no more
+
+
 class Drafter(Protocol):
     taps: tuple[int, ...]  # layers of the target whose output for committed tokens it reads from the target's cache
 
@@ -59,10 +71,13 @@ class Drafter(Protocol):
         """Look at the prompts, which the target has just committed."""
 
     def propose(self, histories: list[list[int]], draft_lens: list[int], sampler: Sampler, generators: list[torch.Generator]) -> Draft:
-        """Draft up to draft_lens[b] tokens behind each history, the last token of which the target has not seen."""
+        """Draft up to draft_lens[b] tokens, or levels of a tree, behind each history, the last token of which the target has not seen."""
 
     def commit(self, target_cache: KVCache, histories: list[list[int]], counts: list[int]) -> None:
         """The target has committed counts[b] more tokens, and the histories have grown by as many."""
 
     def replay(self, text: TargetText, draft_len: int) -> Replay:
         """Acceptance along a text, as decoding it with this drafter would meet it, for every start of a round."""
+
+    def replay_trees(self, text: TargetText, draft_lens: Sequence[int], max_size: int) -> list[TreeReplay]:
+        """The same of trees of up to max_size nodes on so many levels; not of drafters without probabilities."""
