@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 import pytest
-from made import GREEDY, NGRAM, SELF_SPARSE, budgets, linear_round_s, made_profile
+from made import FIFTH, GREEDY, NGRAM, SELF_SPARSE, budgets, linear_round_s, made_profile
 from made_trees import stepped_s, with_trees
 
 from planner.cost.adaptive_tree import adaptive_tree
@@ -25,7 +25,15 @@ def mixed(text: int) -> float:
 
 
 def profile(**changes):
-    made = made_profile(drafters=[*budgets(64), (NGRAM, FullKV())], output_len=129, texts_per_cell=8, contexts=(1024,), draft_lens=(1, 2, 4))
+    drafters = [*budgets(64), (NGRAM, FullKV())]
+    made = made_profile(
+        drafters=drafters,
+        accept=lambda kv, *_: FIFTH * (4 if kv == CHAIN.kv else 1),
+        output_len=129,
+        texts_per_cell=8,
+        contexts=(1024,),
+        draft_lens=(1, 2, 4),
+    )
     return with_trees(made, **({"true": mixed, "reported": 0.6, "levels": (2, 4), "sizes": SIZES} | changes))
 
 
