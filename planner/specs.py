@@ -316,6 +316,7 @@ LOADED = ("draft_model", "eagle3", "dflash")  # drafters with a checkpoint of th
 TAPPING = ("eagle3", "dflash")  # of these, heads: they read hidden states that the target's cache keeps for them
 CACHED = ("self_sparse", "draft_model", "dflash")  # drafters whose cache may be sparse
 QUANTIZED = ("self_sparse", "draft_model", "dflash")  # drafters whose matrices may have fewer bits than they were loaded with
+TREELESS = ("none", "ngram")  # those without probabilities to make a tree of
 
 
 def listed(kinds: tuple[str, ...], last: str = "and") -> str:
@@ -401,7 +402,7 @@ class DraftConfig(Spec, kw_only=True):
             raise ValueError(f"drafter dflash keeps a window and drops the rest, got {describe_kv(self.kv)}; take selection window and storage evict")
         if kind == "self_sparse" and self.kv.storage == "evict":
             raise ValueError("storage evict is for a drafter with keys of its own, got self_sparse, which reads the target's; take storage retain")
-        if self.tree is not None and kind in ("none", "ngram"):
+        if self.tree is not None and kind in TREELESS:
             raise ValueError(f"a tree is made of a drafter's probabilities, {kind} has none; take another drafter, or drop the tree")
 
     @property
