@@ -5,11 +5,12 @@ that the text says x, the draft was accepted with probability min(1, q(x) / p(x)
 sampler needs texts of its own.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from planner.measurements import AcceptanceSample, Packed, Text
+from planner.measurements import AcceptanceSample, Packed, Text, TreeSample
 from planner.profiler.texts import Prompt, distinct_4grams
 from planner.runtime.decode import decode
 from planner.runtime.drafters import make_drafter
@@ -75,6 +76,14 @@ def replay(model: Transformer, written: TargetText, config: DraftConfig, text_in
         accept_prob=Packed.pack((result.accept_prob * 255).round()),
         drafted=Packed.pack(result.drafted),
     )
+
+
+def replay_trees(
+    model: Transformer, written: TargetText, config: DraftConfig, draft_lens: Sequence[int], max_size: int, text_index: int
+) -> list[TreeSample]:  # fmt: skip
+    """Trees of one drafter along one text, for each number of levels up to that of the configuration: one drafter pass for all."""
+    found = make_drafter(config, model).replay_trees(written, draft_lens, max_size)
+    return [TreeSample.of(text=text_index, drafter=config.drafter, kv=config.kv, sizes=trees.sizes, probs=trees.probs) for trees in found]
 
 
 class Judged(NamedTuple):
