@@ -70,19 +70,14 @@ def walked(replayed, tree):
     return tokens, nodes
 
 
-TREES = [
-    *(FixedTree(size=n) for n in (1, 4, 20)),
-    AdaptiveTree(costs=STEPPED),
-    AdaptiveTree(costs=TreeCosts(draft_s=0.004, verify_s=STEPPED.verify_s, rate=90.0)),
-]
+TREES = [FixedTree(size=4), FixedTree(size=20), AdaptiveTree(costs=STEPPED)]
 
 
 @each
-@pytest.mark.parametrize("length", [20, 75])
-def test_greedy_rounds_are_those_of_the_decode_loop_one_by_one(model, drafter, kv, length):
-    prompt = random_prompt(length, seed=length)
+def test_greedy_rounds_are_those_of_the_decode_loop_one_by_one(model, drafter, kv):
+    prompt = random_prompt(45, seed=45)
     (text,) = written(model, prompt, GREEDY)
-    draft_lens = (1, 3, 6)
+    draft_lens = (1, 5)
     config = DraftConfig(drafter=drafter, kv=kv, draft_len=max(draft_lens))
     for draft_len, replayed in zip(draft_lens, make_drafter(config, model).replay_trees(text, draft_lens, MAX_SIZE), strict=True):
         assert replayed.sizes.shape == (T - 1, draft_len) and replayed.probs.shape == (T - 1, MAX_SIZE)
@@ -94,7 +89,7 @@ def test_greedy_rounds_are_those_of_the_decode_loop_one_by_one(model, drafter, k
 
 def test_the_comparison_sees_a_replay_that_looks_one_token_too_far(model):
     """A window one token wider."""
-    prompt = random_prompt(75, seed=75)
+    prompt = random_prompt(45, seed=45)
     (text,) = written(model, prompt, GREEDY)
     tree, (drafter, kv) = FixedTree(size=4), DRAFTERS[0]
     other = DraftConfig(drafter=drafter, kv=SparseKV(budget=5, sink=1, recent=2), draft_len=6)
@@ -115,10 +110,10 @@ def test_native_rounds_are_replayed(tmp_path):
             assert walked(replayed, tree) == (tokens[0], nodes[0])
 
 
-TEXTS = 120
+TEXTS = 60
 
 
-@pytest.mark.parametrize(("drafter", "kv"), [DRAFTERS[0], DRAFTERS[4], DRAFTERS[-1]], ids=str)
+@pytest.mark.parametrize(("drafter", "kv"), [DRAFTERS[0], DRAFTERS[-1]], ids=str)
 def test_sampled_rounds_are_those_of_the_decode_loop_on_average(model, drafter, kv):
     prompt, tree = random_prompt(60, seed=4), AdaptiveTree(costs=STEPPED)
     texts = written(model, prompt, WARM, count=TEXTS, output_len=20, seed=10_000)
