@@ -62,27 +62,30 @@ class DraftRules(NamedTuple):
     windowed: tuple[str, ...] = ()  # those whose drafter takes a kv budget as a window of recent tokens
     sinks: tuple[str, ...] = ()  # of those, the ones that keep leading tokens beside it
     max_batch: int | None = None  # requests it drafts for at once
+    no_tree: str = "it verifies chains only"  # why it cannot be told a tree of the best nodes; empty: it can
     schedule_keys: Literal["from", "to"] = "from"  # whether a schedule names the first or the last batch of a row
 
 
+_NO_VLLM_TREE = "it verifies chains only since tree attention was removed (pull request 42121); one of the best nodes is open as 40809"
+_EAGLE_TREE = "its trees are those of EAGLE heads, of a width of the engine's own and one size; the best nodes of any drafter it cannot be told"
 _VLLM = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark", "pard", "ngram", "suffix")
 _VLLM_SCHEDULED = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "ngram")  # both model runners
 _TENSORRT = ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark", "pard", "ngram")
 DRAFTING = (
-    DraftRules("vllm", (0, 32), (0, 33), _VLLM, _VLLM_SCHEDULED),
-    DraftRules("vllm-draft-window", (0, 33), (0, 33), _VLLM, _VLLM_SCHEDULED, windowed=("eagle3",)),  # vLLM with pull request 53827
+    DraftRules("vllm", (0, 32), (0, 33), _VLLM, _VLLM_SCHEDULED, no_tree=_NO_VLLM_TREE),
+    DraftRules("vllm-draft-window", (0, 33), (0, 33), _VLLM, _VLLM_SCHEDULED, windowed=("eagle3",), no_tree=_NO_VLLM_TREE),  # vLLM with pull request 53827
     DraftRules("vllm-ascend", (0, 27), (0, 27), _VLLM, windowed=("eagle3", "dflash", "dspark")),  # its schedules were not looked at
     DraftRules(
         "sglang", (0, 5, 23), (0, 5, 23), ("draft_model", "eagle", "eagle3", "mtp", "dflash", "dspark", "ngram"), ("eagle", "eagle3", "mtp"),
-        windowed=("eagle", "eagle3", "mtp", "dflash"), sinks=("eagle", "mtp"),
+        windowed=("eagle", "eagle3", "mtp", "dflash"), sinks=("eagle", "mtp"), no_tree=_EAGLE_TREE,
     ),
     DraftRules("tensorrt-llm", (1, 2), (1, 2), ("draft_model", "ngram"), ("draft_model", "ngram")),
-    DraftRules("tensorrt-llm", (1, 4), (1, 4), _TENSORRT, ("draft_model", "eagle", "eagle3", "mtp", "dflash", "pard", "ngram"), schedule_keys="to"),
+    DraftRules("tensorrt-llm", (1, 4), (1, 4), _TENSORRT, ("draft_model", "eagle", "eagle3", "mtp", "dflash", "pard", "ngram"), schedule_keys="to", no_tree=_EAGLE_TREE),
     DraftRules("llama.cpp", (10434,), (11549,), ("draft_model", "eagle3", "mtp", "dflash", "dspark", "ngram")),
     DraftRules("transformers", (5, 19), (5, 23), ("draft_model", "ngram"), max_batch=1),
     DraftRules(
         "planner", (0, 1), (0, 1), ("draft_model", "eagle3", "ngram", "self_sparse"), windowed=("draft_model", "self_sparse"),
-        sinks=("draft_model", "self_sparse"), max_batch=1,
+        sinks=("draft_model", "self_sparse"), max_batch=1, no_tree="",
     ),
 )  # fmt: skip
 

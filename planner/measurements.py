@@ -26,6 +26,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 KINDS = {  # of files, by their field "kind"
     None: "a file of the own runtime (`planner profile`, `planner plan`)",
     "schedule": "a schedule (`planner plan --max-concurrency A..B`)",
+    "tree": "the costs of an adaptive tree (`planner export`)",
     "serving": "a profile of a serving engine (`planner import bench`), which `planner plan` and `planner estimate` read",
 }
 

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from planner.files import read_bytes, write_whole
 from planner.measurements import DrafterModel, Environment, Name, Natural, Seconds, decode_checked, encode
-from planner.specs import Count, DraftConfig, DraftLen, Objective, Positive, Price, Size, Spec, Weights, Workload
+from planner.specs import AdaptiveTree, Count, DraftConfig, DraftLen, Objective, Positive, Price, Size, Spec, Weights, Workload
 
 PLAN_SCHEMA_VERSION = 1
 CONFIDENCE = 0.90
@@ -109,6 +109,14 @@ class Plan(Spec, kw_only=True):
     notes: list[Sentence] = []
 
 
+class TreeFile(Spec, kw_only=True):
+    """An adaptive tree by itself, for who runs it without the plan."""
+
+    schema_version: Literal[1] = PLAN_SCHEMA_VERSION
+    kind: Literal["tree"] = "tree"
+    tree: AdaptiveTree
+
+
 class Trial(Spec, kw_only=True):
     """One prompt decoded with one configuration, measured; in a batch, the rounds and bytes are those of the whole batch."""
 
@@ -119,7 +127,7 @@ class Trial(Spec, kw_only=True):
     prefill_s: Seconds
     start_s: Seconds  # selection and the first token
     decode_s: Seconds  # everything after the first token, to the end of the round that wrote the last
-    drafted: list[DraftLen]  # by round, of this stream
+    drafted: list[DraftLen]  # by round, of this stream; of a tree, nodes
     accepted: list[Natural]
     round_s: list[Seconds]  # up to the one in which this stream ended
     cache_bytes: Size  # caches, and weights of the drafter's own

@@ -313,6 +313,7 @@ def usual_storage(kind: str, refresh: int | None) -> Storage:
 
 LOADED = ("draft_model", "eagle3")  # drafters with a checkpoint of their own
 CACHED = ("self_sparse", "draft_model")  # drafters whose cache may be sparse
+TREELESS = ("none", "ngram")  # those without probabilities to make a tree of
 
 NO_DRAFTER = DrafterSpec(kind="none")
 
@@ -389,7 +390,7 @@ class DraftConfig(Spec, kw_only=True):
             )
         if kind == "self_sparse" and self.kv.storage == "evict":
             raise ValueError("storage evict is for a drafter with keys of its own, got self_sparse, which reads the target's; take storage retain")
-        if self.tree is not None and kind in ("none", "ngram"):
+        if self.tree is not None and kind in TREELESS:
             raise ValueError(f"a tree is made of a drafter's probabilities, {kind} has none; take another drafter, or drop the tree")
 
     @property

@@ -37,7 +37,8 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Write text with any configuration, streaming; what a plan's last line calls."""
-    from planner.commands.configs import make_config, valid
+    from planner.commands.configs import valid
+    from planner.commands.trees import make_tree_config
     from planner.files import read_bytes
     from planner.report import terminal
     from planner.specs import Sampler
@@ -47,7 +48,7 @@ def generate(
     if prompt_file is not None:
         content = sys.stdin.buffer.read() if str(prompt_file) == "-" else read_bytes(prompt_file, "prompt")
         prompt = content.decode("utf-8", errors="replace")
-    config = make_config(asked)
+    config = make_tree_config(asked)
     sampler = valid(Sampler, temperature=temperature, top_p=top_p, top_k=top_k)
     pieces = planner.generate(
         model, prompt, config=config, sampler=sampler, max_new_tokens=max_new_tokens, chat=chat, dtype=dtype, device=device, execution=execution,

@@ -63,7 +63,7 @@ Seed = Annotated[int, typer.Option(help="Seed of prompts and sampling.")]
 HELP = {  # of the fields of Asked and AskedGrid, each a flag
     "drafter": "none, ngram, self_sparse, draft_model or eagle3; with a profile of a serving engine, a name in it.",
     "drafters": "Of ngram and self_sparse; off and every --draft-model come along anyway.",
-    "draft_len": "Tokens drafted per round.",
+    "draft_len": "Tokens drafted per round; with --tree-size the levels of the tree.",
     "draft_model": "A drafter's checkpoint: a smaller model of the target's family or an EAGLE-3 head, a folder or a GGUF file.",
     "draft_dtype": "bfloat16, float16 or float32: weights and KV cache of the draft model; default: the target's.",
     "drafter_weights": "Weights of self_sparse and draft_model: full, int8 or int4, or several of them for a grid; default: full, but int8 in a grid for "
@@ -77,6 +77,9 @@ HELP = {  # of the fields of Asked and AskedGrid, each a flag
     "sink": "First tokens that a sparse cache always keeps.",
     "recent": "Least recent tokens that a sparse cache keeps.",
     "refresh": "Choose again whenever so many more tokens are committed; default: once, after prefill.",
+    "tree_size": "Nodes of a draft tree verified per round, or adaptive: as many as each round is worth (adaptive-by-round: by the ratio of the round "
+    "alone, not of the run); default: a chain.",
+    "tree_costs": "For planner generate with an adaptive tree: the plan that chose it, or the tree.json of its export.",
     "storage": "Of a draft model with a kv budget: retain all its keys, or evict those not chosen; default: evict, with --refresh retain.",
 }
 

@@ -25,6 +25,13 @@ def profile(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling at every temperature above 0.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Top-k sampling at every temperature above 0; 0 keeps all.")] = 0,
     max_draft_len: Annotated[int, typer.Option(help="Longest draft of interest, in tokens.")] = 8,
+    tree_sizes: Annotated[
+        str, typer.Option(help="Nodes of draft trees to profile, e.g. 8,16,32,64: a plan then weighs these, and adaptive ones up to the largest.")
+    ] = "",
+    tree_levels: Annotated[
+        str | None,
+        typer.Option(help="Levels of those trees; default: --max-draft-len, its half and so on down to 2. A block drafter needs only the first."),
+    ] = None,
     texts: Annotated[int, typer.Option(help="Prompts per context, at least 4; 16 give useful intervals.")] = 16,
     output_len: Annotated[int, typer.Option(help="Tokens that the target writes behind each prompt.")] = 128,
     batches: Annotated[str, typer.Option(help="Streams side by side to time rounds at, e.g. 1,4,8; plans need batches within them.")] = "1",
@@ -44,6 +51,7 @@ def profile(
     from planner.commands.configs import drafter_specs, policies, valid
     from planner.commands.profile_settings import Settings
     from planner.commands.session import usual_weights
+    from planner.commands.trees import parse_sizes
     from planner.files import check_writable
     from planner.measurements import save_profile
     from planner.report import terminal
@@ -58,7 +66,8 @@ def profile(
         contexts=parse_numbers(contexts, int, "--contexts"), samplers=samplers, policies=policies(asked),
         drafters=drafter_specs(asked, usual_weights(device)), max_draft_len=max_draft_len,
         num_texts=texts, output_len=output_len, seed=seed, max_minutes=max_minutes,
-        batches=parse_numbers(batches, int, "--batches"),
+        batches=parse_numbers(batches, int, "--batches"), tree_sizes=parse_sizes(tree_sizes),
+        tree_levels=None if tree_levels is None else parse_numbers(tree_levels, int, "--tree-levels"),
     )  # fmt: skip
     with journaled(out):
         with terminal.progress("profile", quiet=quiet) as progress:

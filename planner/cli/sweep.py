@@ -42,6 +42,10 @@ def sweep(
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens, 0 keeps all.")] = 0,
     max_concurrency: Concurrency = 1,
     draft_lens: Annotated[str, typer.Option(help="Draft lengths in tokens.")] = "1,2,4,8",
+    tree_sizes: Annotated[
+        str,
+        typer.Option(help="Nodes of draft trees to run beside the chains, e.g. 8,16,32,64; default: none. A plan's adaptive tree is run by check."),
+    ] = "",
     texts: Annotated[int, typer.Option(help="Prompts to run every configuration on; rounded up to whole groups of --max-concurrency.")] = 8,
     trials: Annotated[
         int | None,
@@ -69,6 +73,7 @@ def sweep(
     """The brute-force grid that a plan replaces: every configuration run on every text, or with --trials those that a study chooses."""
     from planner.commands.configs import drafter_specs, grid, policies, valid
     from planner.commands.session import usual_weights
+    from planner.commands.trees import parse_sizes, tree_grid
     from planner.files import check_writable
     from planner.plans import save_sweep
     from planner.report import terminal
@@ -76,6 +81,7 @@ def sweep(
 
     check_writable(out)
     configs = grid(drafter_specs(asked, usual_weights(device)), policies(asked), parse_numbers(draft_lens, int, "--draft-lens"))
+    configs += tree_grid(configs, parse_sizes(tree_sizes))
     sampler = valid(Sampler, temperature=temperature, top_p=top_p, top_k=top_k)
     workload = Workload(context_len=isl, output_len=osl, sampler=sampler, batch=max_concurrency)
     with journaled(out) if study is None else in_study(study):

@@ -57,7 +57,7 @@ def from_plan(plan: Plan, asked: AskedExport, rules: DraftRules, config: DraftCo
     memory, said = _memory(asked, plan.memory_cap_bytes, None, rules)
     if own and draft_model != drafter.path:
         config = valid(DraftConfig, drafter=valid(DrafterSpec, kind=drafter.kind, path=draft_model, weights=drafter.weights, dtype=drafter.dtype),
-                       kv=config.kv, draft_len=config.draft_len)  # fmt: skip
+                       kv=config.kv, draft_len=config.draft_len, tree=config.tree)  # fmt: skip
     return Deployed(
         model=_model(asked, plan.model, rules),
         method=drafter.kind if config.draft_len else OFF,
@@ -65,7 +65,7 @@ def from_plan(plan: Plan, asked: AskedExport, rules: DraftRules, config: DraftCo
         steps=(Step(batch_from=1, batch_to=batch, draft_len=config.draft_len),),
         kv=config.kv if isinstance(config.kv, SparseKV) else None,
         context_len=plan.workload.context_len, output_len=plan.workload.output_len, tensor_parallel=plan.tensor_parallel, sampler=sampler,
-        dtype=plan.dtype, kv_dtype=asked.kv_dtype, draft_kv_dtype=asked.draft_kv_dtype, memory=memory,
+        dtype=plan.dtype, kv_dtype=asked.kv_dtype, draft_kv_dtype=asked.draft_kv_dtype, memory=memory, tree=config.tree,
         own=OwnRuntime(config, plan.dtype, plan.execution_mode, plan.weights, plan.rope_theta, plan.max_context_len) if own else None,
     ), knobs + said  # fmt: skip
 

@@ -144,6 +144,8 @@ def _allowed(rules: DraftRules) -> Callable[[DraftConfig], bool]:
         drafter = config.drafter
         if rules.name == "planner" or not config.draft_len:
             return True
+        if config.tree is not None and rules.no_tree:
+            return False
         plain = drafter.weights == "full" and drafter.vocab is None and drafter.kind in rules.methods
         return plain and _kv_taken(config.kv, drafter.kind, rules)
 

@@ -18,6 +18,8 @@ class Asked(NamedTuple):
     recent: int | None = None
     refresh: int | None = None
     storage: str | None = None
+    tree_size: str | None = None  # nodes, or adaptive; None: a chain
+    tree_costs: str | None = None  # path
 
 
 class AskedGrid(NamedTuple):

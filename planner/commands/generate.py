@@ -58,7 +58,7 @@ def _pieces(session: Session, tokens: list[int], config: DraftConfig, sampler: S
     from planner.runtime.model import prefill
 
     tokenizer, runner = session.tokenizer, session.model
-    cache = runner.new_cache(cache_capacity(len(tokens), max_new_tokens, config.draft_len))
+    cache = runner.new_cache(cache_capacity(len(tokens), max_new_tokens, config.verified))
     logits = prefill(runner, torch.tensor([tokens], device=runner.device), cache)
     rounds = decode(
         runner, cache, [tokens], logits, make_drafter(config, runner), draft_len=config.draft_len, sampler=sampler,

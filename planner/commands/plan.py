@@ -4,6 +4,7 @@ from pathlib import Path
 
 from planner.commands.configs import make_config, valid
 from planner.commands.flags import Asked
+from planner.commands.trees import sized_for
 from planner.errors import BadInput
 from planner.measurements import Profile, fingerprint, load_profile
 from planner.plans import Estimate, Plan
@@ -70,6 +71,7 @@ def estimate(
     workload = find_workload(profile, context_len, output_len, temperature, top_p, top_k, batch)
     models = fit_models(profile)
     config = make_config(asked, list(dict.fromkeys((sample.drafter, sample.kv) for sample in profile.acceptance)))
+    config = sized_for(models, config, asked, workload)
     baseline = predict(models, PLAIN, workload, price_per_hour)
     return with_speedup(predict(models, config, workload, price_per_hour), baseline, objective).estimate, baseline.estimate
 

@@ -22,6 +22,7 @@ from planner.measurements import (
     Profile,
     RoundSample,
     Text,
+    TreeSample,
 )
 from planner.specs import DeviceSpec, Execution, Weights
 from planner.units import format_bytes
@@ -142,7 +143,7 @@ def _profile(
 ) -> Profile:
     from planner.runtime.weights import dtype_name
 
-    texts, samples, prefill = _assembled(found.texts, settings)
+    texts, samples, trees, prefill = _assembled(found.texts, settings)
     return Profile(
         model=model,
         target=session.target,
@@ -163,6 +164,7 @@ def _profile(
         max_draft_len=settings.max_draft_len,
         texts=texts,
         acceptance=samples,
+        trees=trees,
         rounds=found.timing.rounds + found.again,
         prefill=prefill,
         memory=[sample for entry in found.timing.passes[:1] for sample in entry.memory],
@@ -229,17 +231,18 @@ def _prepare(session: Session, prompt, settings: Settings) -> dict:
     model, grounds = session.model, {}
     for context_len in settings.contexts:
         tokens = prompt.tokens[:context_len]
-        cache = model.new_cache(context_len + rounds_room(settings.max_draft_len))
+        cache = model.new_cache(context_len + rounds_room(max([settings.max_draft_len, *settings.tree_sizes])))
         logits = prefill(model, torch.tensor([tokens], device=model.device), cache)
         grounds[context_len] = Ground(tokens, cache, logits)
     return grounds
 
 
-def _assembled(done: list[TextDone], settings: Settings) -> tuple[list[Text], list[AcceptanceSample], list[PrefillSample]]:
-    texts, samples = [], []
+def _assembled(done: list[TextDone], settings: Settings) -> tuple[list[Text], list[AcceptanceSample], list[TreeSample], list[PrefillSample]]:
+    texts, samples, trees = [], [], []
     prefill_s = {context_len: {} for context_len in settings.contexts}
     for entry in sorted(done, key=lambda entry: (entry.context_len, settings.samplers.index(entry.sampler), entry.number)):
         samples += [msgspec.structs.replace(sample, text=len(texts)) for sample in entry.samples]
+        trees += [msgspec.structs.replace(sample, text=len(texts)) for sample in entry.trees]
         texts += [entry.text] * (entry.text is not None)
         prefill_s[entry.context_len][entry.number] = entry.prefill_s
     for context_len in settings.contexts:
@@ -250,4 +253,4 @@ def _assembled(done: list[TextDone], settings: Settings) -> tuple[list[Text], li
                     f"an interval needs at least {MIN_TEXTS} texts, only {count} grew beyond one token at context {context_len}; use other prompts"
                 )
     prefill = [PrefillSample(context_len=c, seconds=list(prefill_s[c].values())) for c in settings.contexts]
-    return texts, samples, prefill
+    return texts, samples, trees, prefill

@@ -125,7 +125,7 @@ class Timing:
             if counter is None:
                 return Energy([], None, warnings)
             progress.stage("energy", len(self._settings.batches))
-            cells = {batch: latency_cells(self._settings, batch) for batch in self._settings.batches}
+            cells = {batch: [c for c in latency_cells(self._settings, batch) if c.tree is None] for batch in self._settings.batches}
             try:
                 for batch, configs in cells.items():
                     samples += energy_pass(

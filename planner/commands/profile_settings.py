@@ -7,8 +7,9 @@ from msgspec.structs import replace
 from planner.commands.configs import kv_choices
 from planner.commands.session import Session, check_length, load_drafters, usual_weights
 from planner.errors import BadInput
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, KVPolicy, Sampler, SparseKV, checked, selection_of
+from planner.specs import PLAIN, TREELESS, DraftConfig, DrafterSpec, FixedTree, KVPolicy, Sampler, SparseKV, checked, selection_of
 
+SMALL_TREES = (1, 2, 4)
 MIN_TEXTS = 4  # kept whatever --max-minutes says: below, an interval means nothing
 
 
@@ -25,6 +26,8 @@ class Settings(NamedTuple):
     seed: int = 0
     max_minutes: float | None = None
     batches: list[int] = [1]  # streams side by side, to time rounds at; texts are written and replayed once for all
+    tree_sizes: list[int] = []  # nodes of draft trees to time; replayed up to the largest
+    tree_levels: list[int] | None = None  # of those; None: max_draft_len, its half and so on down to 2
 
 
 def checked_settings(settings: Settings, session: Session) -> Settings:
@@ -48,14 +51,26 @@ def checked_settings(settings: Settings, session: Session) -> Settings:
         raise BadInput(f"an interval needs at least {MIN_TEXTS} texts, got {settings.num_texts}; raise --texts")
     if settings.output_len < 16:
         raise BadInput(f"a text needs at least 16 tokens, got {settings.output_len}; raise --output-len")
-    if not 1 <= settings.max_draft_len <= 64:
-        raise BadInput(f"max_draft_len must lie in 1..64, got {settings.max_draft_len}")
+    if not 1 <= (K := settings.max_draft_len) <= 64:
+        raise BadInput(f"max_draft_len must lie in 1..64, got {K}")
     if not settings.batches or min(settings.batches) < 1:
         raise BadInput(f"a batch counts streams and must be at least 1, got {settings.batches}; give --batches 1,4,8")
     if settings.max_minutes is not None and not settings.max_minutes > 0:
         raise BadInput(f"--max-minutes must be positive, got {settings.max_minutes:g}")
+    levels = settings.tree_levels
+    if levels is None:
+        levels = sorted({max(min(2, K), K >> halvings) for halvings in range(7)})
+    if not settings.tree_sizes and settings.tree_levels is not None:
+        raise BadInput(f"--tree-levels goes with --tree-sizes, got {settings.tree_levels} and no sizes; give both or drop it")
+    if not all(1 <= level <= K for level in levels):
+        raise BadInput(
+            f"a tree has from 1 to --max-draft-len ({K}) levels, got --tree-levels {','.join(map(str, levels))}; raise the one or lower the other"
+        )
+    if settings.tree_sizes and all(drafter.kind in TREELESS for drafter in drafters):
+        raise BadInput("a tree is made of a drafter's probabilities, got --tree-sizes without a drafter that has some; drop it, or add one")
     return settings._replace(
         drafters=drafters,
+        tree_levels=sorted(set(levels)) if settings.tree_sizes else None,
         contexts=sorted(set(settings.contexts)),
         batches=sorted(set(settings.batches)),
         samplers=[checked(sampler) for sampler in settings.samplers],
@@ -98,7 +113,24 @@ def latency_cells(settings: Settings, batch: int = 1) -> list[DraftConfig]:
         by_selection = {selection_of(kv): kv for kv in reversed(kvs)} if batch == min(settings.batches) else {}
         others = by_selection.keys() - {selection_of(kv) for kv in (smallest, largest)}
         cells += [DraftConfig(drafter=drafter, kv=kv, draft_len=1) for selection, kv in by_selection.items() if selection in others]
-    return list(dict.fromkeys(cells))
+    return list(dict.fromkeys([*cells, *_tree_cells(settings, batch)]))
+
+
+def _tree_cells(settings: Settings, batch: int) -> list[DraftConfig]:
+    """Trees with the smallest cache at the most levels: what other caches and lengths change is the draft's, which the chains' cells tell.
+
+    Small ones come along, at the first batch: adaptive trees are often small, and passes over few tokens have kernels of their own.
+    """
+    if not settings.tree_sizes:
+        return []
+    sizes = {*settings.tree_sizes, *(SMALL_TREES if batch == min(settings.batches) else ())}
+    cells = []
+    for drafter in settings.drafters:
+        if drafter.kind not in TREELESS:
+            kv = min(map(_unrefreshed, kv_choices(drafter, settings.policies)), key=lambda kv: kv.read(max(settings.contexts)))
+            chain = DraftConfig(drafter=drafter, kv=kv, draft_len=max(settings.tree_levels))
+            cells += [replace(chain, tree=FixedTree(size=size)) for size in sorted(sizes) if size <= max(settings.tree_sizes)]
+    return cells
 
 
 def _unrefreshed(kv: KVPolicy) -> KVPolicy:

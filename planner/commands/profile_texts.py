@@ -10,8 +10,8 @@ from planner.commands.profile_settings import MIN_TEXTS, Settings, drafts
 from planner.commands.progress import Progress
 from planner.commands.session import Session
 from planner.errors import Unfinished
-from planner.measurements import AcceptanceSample, Failure, Seconds, Text
-from planner.specs import DraftConfig, Sampler, describe, describe_sampler
+from planner.measurements import AcceptanceSample, Failure, Seconds, Text, TreeSample
+from planner.specs import TREELESS, DraftConfig, Sampler, describe, describe_sampler
 
 
 class TextDone(msgspec.Struct, kw_only=True, tag="text"):
@@ -22,7 +22,8 @@ class TextDone(msgspec.Struct, kw_only=True, tag="text"):
     sampler: Sampler
     prefill_s: Seconds
     text: Text | None  # None: it ended with its first token
-    samples: list[AcceptanceSample]  # their `text` is filled in when the profile is put together
+    samples: list[AcceptanceSample]  # their `text`, and that of `trees`, is filled in when the profile is put together
+    trees: list[TreeSample] = []
     failures: list[Failure]
     warnings: list[str] = []
     minutes: float
@@ -129,11 +130,12 @@ def _continue_group(
             progress.advance()
             for b in missing:
                 text, target_text = written[b] or (None, None)
-                samples, failures = (
-                    ([], []) if text is None else _replay_all(model, target_text, configs, f"text {numbers[b] + 1} at context {context_len}")
-                )
+                samples, trees, failures = [], [], []
+                if text is not None:
+                    where = f"text {numbers[b] + 1} at context {context_len}"
+                    samples, trees, failures = _replay_all(model, target_text, configs, settings, where)
                 yield TextDone(
-                    number=numbers[b], context_len=context_len, sampler=sampler, prefill_s=elapsed[b], text=text, samples=samples,
+                    number=numbers[b], context_len=context_len, sampler=sampler, prefill_s=elapsed[b], text=text, samples=samples, trees=trees,
                     failures=failures, minutes=(time.perf_counter() - last) / 60,
                 )  # fmt: skip
                 progress.advance()
@@ -143,15 +145,19 @@ def _continue_group(
         cache.lengths = [context_len] * len(batch)
 
 
-def _replay_all(model, target_text, configs: list[DraftConfig], where: str) -> tuple[list[AcceptanceSample], list[Failure]]:
-    """Every drafter along one text; one that runs out of memory is reported and passed over."""
-    from planner.profiler.acceptance import replay
+def _replay_all(
+    model, target_text, configs: list[DraftConfig], settings: Settings, where: str
+) -> tuple[list[AcceptanceSample], list[TreeSample], list[Failure]]:
+    """Every drafter along one text, its chains and its trees; one that runs out of memory is reported and passed over."""
+    from planner.profiler.acceptance import replay, replay_trees
     from planner.profiler.latency import is_out_of_memory
 
-    samples, failures = [], []
+    samples, trees, failures = [], [], []
     for config in configs:
         try:
             samples.append(replay(model, target_text, config, 0))
+            if settings.tree_sizes and config.drafter.kind not in TREELESS:
+                trees += replay_trees(model, target_text, config, settings.tree_levels, max(settings.tree_sizes), 0)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or model.kernels.num_ranks > 1:
                 raise
@@ -159,4 +165,4 @@ def _replay_all(model, target_text, configs: list[DraftConfig], where: str) -> t
                 Failure(cell=f"replay of {describe(config)} along {where}, {describe_sampler(target_text.sampler)}", reason="out of memory")
             )
     target_text.prompt_caches.clear()  # the group's other texts, and rounds, need the room
-    return samples, failures
+    return samples, trees, failures

@@ -95,7 +95,7 @@ def sweep(
             lap_s = now
             progress.advance()
 
-        run = _Runs(session, prompts, workload, seed, longest=max(config.draft_len for config in arms), finished=finished)
+        run = _Runs(session, prompts, workload, seed, longest=max(config.verified for config in arms), finished=finished)
         trials = [entry.trial for entry in entries]
         if num_trials is None:
             progress.stage("sweep", len(arms) * len(prompts))
@@ -129,6 +129,8 @@ def coordinates(config: DraftConfig) -> Coordinates:
     found: Coordinates = {"drafter": describe_drafter(config.drafter)}
     if config.draft_len:
         found |= {"selection": selection_of(config.kv) or "full", "draft_len": config.draft_len}
+    if config.tree is not None:
+        found["tree_size"] = config.tree.max_size
     if isinstance(config.kv, SparseKV):
         found["kv_budget"] = config.kv.budget
     return found

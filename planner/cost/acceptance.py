@@ -1,4 +1,4 @@
-"""How many rounds a text takes, by drafter, kv budget, draft_len, context and sampler: from replayed texts.
+"""How many rounds a text takes, by drafter, kv budget, draft_len, tree, context and sampler: from replayed texts.
 
 The unit is the text. A setting's value is a mean over texts, its uncertainty comes from their scatter, and two
 settings are compared on the same texts. Between profiled budgets (log scale) and contexts the rounds per token are
@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 
 from planner.cost.renewal import expected_rounds
+from planner.cost.tree_rounds import TreeText, nodes_of, tree_text, walk_trees
 from planner.errors import BadInput
-from planner.measurements import MIN_DISTINCT_4GRAMS, Profile
-from planner.specs import DraftConfig, DrafterSpec, FullKV, KVPolicy, Workload, describe, describe_sampler
+from planner.measurements import MIN_DISTINCT_4GRAMS, Profile, Text, TreeSample
+from planner.specs import DraftConfig, DrafterSpec, FullKV, KVPolicy, Tree, Workload, describe, describe_sampler
 
 MIN_TEXTS = 2  # below, there is no scatter between texts to make an interval of
 CONTEXT_SLACK = 0.1  # a workload this close to a profiled context uses it as it is, and says so
@@ -25,7 +26,7 @@ class Rounds(NamedTuple):
     """Rounds per generated token, text by text, at one profiled context."""
 
     texts: np.ndarray  # [n] identities, ascending: the same text in two settings has the same number
-    by_drafted: np.ndarray  # [n, K+1] rounds per token that draft 0..K
+    by_drafted: np.ndarray  # [n, K+1] rounds per token that draft 0..K; of trees [n, N+1], that verify 0..N nodes
     chance: np.ndarray  # [n] variance of the rounds per token by chance of acceptance
 
 
@@ -40,18 +41,13 @@ class Stratum(NamedTuple):
 class AcceptanceModel:
     def __init__(self, profile: Profile):
         self._profile = profile
-        cells = defaultdict(list)
+        self._cells: dict[tuple, dict[int, list]] = defaultdict(lambda: defaultdict(list))  # curve -> budget -> samples
         for sample in profile.acceptance:
-            text = profile.texts[sample.text]
-            cells[sample.drafter, _family(sample.kv), text.context_len, text.sampler].append(sample)
-        self._cells: dict[tuple, dict[int, list]] = {}  # (drafter, family, context, sampler) -> budget -> samples
-        for key, samples in cells.items():
-            by_budget = defaultdict(list)
-            for sample in samples:
-                by_budget[_budget(sample.kv)].append(sample)
-            self._cells[key] = dict(sorted(by_budget.items()))
+            self._cells[_curve(sample.drafter, sample.kv, None, profile.texts[sample.text])][_budget(sample.kv)].append(sample)
+        for sample in profile.trees:
+            self._cells[_curve(sample.drafter, sample.kv, sample.draft_len, profile.texts[sample.text])][_budget(sample.kv)].append(sample)
         self._num_texts = Counter((text.context_len, text.sampler) for text in profile.texts)
-        self._walks: dict[tuple, dict[int, Rounds]] = {}
+        self._walks: dict[tuple, dict[int, Rounds]] = {}  # by curve, draft_len or tree, and output_len
 
     @property
     def drafters(self) -> list[DrafterSpec]:
@@ -62,11 +58,39 @@ class AcceptanceModel:
         """The KV policies that were replayed with a drafter."""
         return list(dict.fromkeys(sample.kv for sample in self._profile.acceptance if sample.drafter == drafter))
 
+    @property
+    def trees(self) -> list[tuple[DrafterSpec, KVPolicy, int, int]]:
+        """Drafter, policy, levels and most nodes of the trees that were replayed."""
+        return list(dict.fromkeys((sample.drafter, sample.kv, sample.draft_len, sample.max_size) for sample in self._profile.trees))
+
+    def tree_texts(self, config: DraftConfig, workload: Workload) -> list[tuple[float, TreeText]]:
+        """Replayed trees and the weight of each, for the profiled contexts and budgets around a chain's; BadInput where there are none."""
+        self._check(config, workload)
+        contexts, _ = context_weights(self._profile.contexts, workload.context_len)
+        found = []
+        for context_len, share in contexts.items():
+            budgets = self._budgets(config, config.draft_len, context_len, workload)
+            for budget, weight in budget_weights(sorted(budgets), _budget(config.kv))[0].items():
+                samples = budgets[budget]
+                found += [(share * weight / len(samples), tree_text(sample, workload.output_len)) for sample in samples]
+        return found
+
     def strata(self, config: DraftConfig, workload: Workload) -> tuple[list[Stratum], list[str]]:
         """Rounds per token at the profiled contexts around the workload's, and notes on what was assumed.
 
         BadInput where the profile says nothing: another sampler, drafter, context, budget or draft_len.
         """
+        self._check(config, workload)
+        weights, notes = context_weights(self._profile.contexts, workload.context_len)
+        strata = []
+        for context_len, weight in weights.items():
+            rounds, more = self._rounds(config, context_len, workload)
+            strata.append(Stratum(weight, context_len, rounds))
+            notes += [note for note in more if note not in notes]
+        return strata, notes
+
+    def _check(self, config: DraftConfig, workload: Workload) -> None:
+        """BadInput for a sampler or a draft_len that was not profiled."""
         profile = self._profile
         if workload.sampler not in profile.samplers:
             known = "; ".join(describe_sampler(sampler) for sampler in profile.samplers)
@@ -77,20 +101,23 @@ class AcceptanceModel:
             raise BadInput(
                 f"draft_len must be at most {profile.max_draft_len}, the longest profiled, got {config.draft_len}; profile with --max-draft-len"
             )
-        weights, notes = context_weights(profile.contexts, workload.context_len)
-        strata = []
-        for context_len, weight in weights.items():
-            rounds, more = self._rounds(config, context_len, workload)
-            strata.append(Stratum(weight, context_len, rounds))
-            notes += [note for note in more if note not in notes]
-        return strata, notes
+
+    def _budgets(self, config: DraftConfig, levels: int | None, context_len: int, workload: Workload) -> dict[int, list]:
+        """What was replayed at a context, by budget. levels  of trees; None: chains"""
+        found = self._cells.get((config.drafter, _family(config.kv), levels, context_len, workload.sampler))
+        if found:
+            return found
+        what = f"{describe(config)} at context {context_len}, {describe_sampler(workload.sampler)}"
+        if levels is None:
+            raise BadInput(f"the profile holds no acceptance of {what}")
+        own = sorted({key[2] for key in self._cells if key[0] == config.drafter and key[2] is not None})
+        known = f"trees of this drafter of {' and '.join(map(str, own))} levels" if own else "no trees of this drafter"
+        raise BadInput(f"the profile holds {known}, got {what}; profile with --tree-sizes and --tree-levels")
 
     def _rounds(self, config: DraftConfig, context_len: int, workload: Workload) -> tuple[Rounds, list[str]]:
-        budgets = self._cells.get((config.drafter, _family(config.kv), context_len, workload.sampler))
-        if not budgets:
-            raise BadInput(f"the profile holds no acceptance of {describe(config)} at context {context_len}, {describe_sampler(workload.sampler)}")
-        weights, notes = budget_weights(list(budgets), _budget(config.kv))
-        walks = self._walk(budgets, config.draft_len, workload)
+        budgets = self._budgets(config, None if config.tree is None else config.draft_len, context_len, workload)
+        weights, notes = budget_weights(sorted(budgets), _budget(config.kv))
+        walks = self._walk(budgets, config.draft_len, workload) if config.tree is None else self._walk_trees(budgets, config.tree, workload)
         parts = [(weight, walks[budget]) for budget, weight in weights.items()]
         shared = sorted(set.intersection(*(set(rounds.texts) for _, rounds in parts)))
         written = self._num_texts[context_len, workload.sampler]
@@ -136,6 +163,25 @@ class AcceptanceModel:
             }
         return self._walks[key]
 
+    def _walk_trees(self, budgets: dict[int, list], tree: Tree, workload: Workload) -> dict[int, Rounds]:
+        """The same of trees, whose rounds leave nothing to chance once the text is known."""
+        key = (id(budgets), tree, workload.output_len)
+        if key not in self._walks:
+            self._walks[key] = {budget: _tree_rounds(samples, tree, workload.output_len) for budget, samples in budgets.items()}
+        return self._walks[key]
+
+
+def _tree_rounds(samples: list[TreeSample], tree: Tree, output_len: int) -> Rounds:
+    least = min(sample.max_size for sample in samples)
+    if tree.max_size > least:
+        raise BadInput(f"trees were replayed up to {least} nodes, got one of {tree.max_size}; profile with --tree-sizes {tree.max_size}")
+    samples = sorted(samples, key=lambda sample: sample.text)
+    rows = []
+    for sample in samples:
+        text = tree_text(sample, output_len)
+        rows.append(walk_trees(text, nodes_of(tree, text)).by_nodes[: tree.max_size + 1] / len(text.sizes))
+    return Rounds(np.array([sample.text for sample in samples]), np.array(rows), np.zeros(len(rows)))
+
 
 def fit_acceptance(profile: Profile) -> AcceptanceModel:
     """The acceptance of everything a profile replayed; milliseconds, nothing is stored."""
@@ -175,6 +221,11 @@ def _unpacked(sample, output_len: int) -> tuple[np.ndarray, np.ndarray]:
     """accept_prob [S, K] and drafted [S] of the part of a text that a request of output_len tokens would write."""
     starts = min(sample.drafted.shape[0], output_len - 1)
     return sample.accept_prob.unpack()[:starts] / 255.0, sample.drafted.unpack()[:starts].astype(np.int64)
+
+
+def _curve(drafter: DrafterSpec, kv: KVPolicy, levels: int | None, text: Text) -> tuple:
+    """What must agree for two budgets to be points of one curve. levels  of trees; None: chains"""
+    return drafter, _family(kv), levels, text.context_len, text.sampler
 
 
 def _family(kv: KVPolicy) -> KVPolicy:

@@ -11,9 +11,10 @@ A round of a batch is that of all its streams. J  cells that can be left out, of
 import numpy as np
 
 from planner.cost.round_fit import RoundFits, points_of
+from planner.cost.tree_fit import TreeCell, TreeFit, fit_trees
 from planner.errors import BadInput
 from planner.measurements import Profile, RoundSample
-from planner.specs import NO_DRAFTER, DraftConfig, describe, describe_drafter, selection_of
+from planner.specs import NO_DRAFTER, DraftConfig, DrafterSpec, describe, describe_drafter, selection_of
 
 
 class LatencyModel:
@@ -25,22 +26,26 @@ class LatencyModel:
         self.drift = _drift(profile)
         self.unsteadiness = max(abs(self.drift), float(np.std(pace, ddof=1)) if len(pace) > 1 else 0.0)  # relative, common to all rounds of a moment
         self._prefill = {sample.context_len: np.array(sample.seconds) for sample in profile.prefill}
-        self.max_draft_len = {drafter: max(x.draft_len for x in samples if x.drafter == drafter) for drafter in {x.drafter for x in samples}}
+        chains = [sample for sample in samples if not sample.tree_size]
+        self.max_draft_len = {drafter: max(x.draft_len for x in chains if x.drafter == drafter) for drafter in {x.drafter for x in chains}}
         self._start_s = {drafter: _start_s([x for x in samples if x.drafter == drafter]) for drafter in self.max_draft_len}  # by context
         ways = {(x.drafter, selection_of(x.kv)) for x in samples}
         self._start_s |= {way: _start_s([x for x in samples if (x.drafter, selection_of(x.kv)) == way]) for way in ways}
 
         by_batch = {batch: [x for x in samples if x.batch == batch] for batch in sorted({x.batch for x in samples if x.draft_len == 0})}
-        self._fits, self._longest = {}, {}  # by batch; a batch at which plain decoding failed has no baseline and is left out
+        self._fits, self._longest, self._trees = {}, {}, {}  # by batch; a batch at which plain decoding failed has no baseline and is left out
         for batch, own in by_batch.items():
+            trees, own = ([x for x in own if (x.tree_size > 0) == tree] for tree in (True, False))
             longest = {drafter: max(x.draft_len for x in own if x.drafter == drafter) for drafter in {x.drafter for x in own}}
             points = [point for cell, sample in enumerate(own) for point in points_of(cell, sample, pace)]
             self._fits[batch], self._longest[batch] = RoundFits(points, max(longest.values())), longest
+            cells = [TreeCell(x.draft_len, point) for x in trees if x.drafter in longest for point in points_of(0, x, pace) if point.drafted]
+            self._trees[batch] = fit_trees(cells, self._fits[batch])
 
     def round_s(self, config: DraftConfig, context_len: int, position: float, batch: int = 1) -> np.ndarray:
-        """Seconds of a round of `batch` streams that drafts 0..draft_len tokens with `position` tokens committed in each.
+        """Seconds of a round of `batch` streams that verifies 0..config.verified tokens with `position` tokens committed in each.
 
-        [1 + J, draft_len + 1]: the fit to all cells first, then the J fits with a cell left out, the same cells for every
+        [1 + J, verified + 1]: the fit to all cells first, then the J fits with a cell left out, the same cells for every
         configuration of a batch. `context_len` is the prompt's, which decides what a sparse cache holds. BadInput where
         the profile timed nothing to go by.
         """
@@ -48,18 +53,34 @@ class LatencyModel:
         parts = []
         for timed, weight in weights.items():
             self._check(config, timed)
-            parts.append((weight, self._fits[timed].round_s(config, context_len, position)))
+            fit = self._fits[timed] if config.tree is None else self._tree_fit(config, timed)
+            parts.append((weight, fit.round_s(config, context_len, position)))
         whole = sum(weight * seconds[0] for weight, seconds in parts)
         moved = [weight * (seconds[1:] - seconds[0]) for weight, seconds in parts]  # a cell left out moves the fit of its own batch only
         return whole + np.concatenate([np.zeros((1, len(whole))), *moved])
+
+    def tree_costs(self, config: DraftConfig, context_len: int, position: float, batch: int = 1) -> tuple[float, np.ndarray]:
+        """Seconds to draft an adaptive tree, and [max_size + 1] to verify 0.. nodes of it. BadInput where the profile timed none."""
+        draft_s, verify_s = 0.0, np.zeros(config.verified + 1)
+        for timed, weight in self._weights(batch)[0].items():
+            self._check(config, timed)
+            own_draft_s, own_verify_s = self._tree_fit(config, timed).costs(config, context_len, position)
+            draft_s, verify_s = draft_s + weight * own_draft_s, verify_s + weight * own_verify_s
+        return draft_s, verify_s
+
+    def tree_sizes(self, drafter: DrafterSpec, batch: int = 1) -> list[int]:
+        """Sizes of trees that were timed at a batch, or at both around it."""
+        around = [set(own.sizes) if (own := self._trees[timed].get(drafter)) else set() for timed in self._weights(batch)[0]]
+        return sorted(set.intersection(*around))
 
     def notes(self, batch: int = 1) -> list[str]:
         """What was assumed about a batch."""
         return self._weights(batch)[1]
 
-    def error(self, batch: int = 1) -> float:
-        """Relative error of a round in a cell not measured; between two batches, the larger one's."""
-        return max(self._fits[timed].error for timed in self._weights(batch)[0])
+    def error(self, batch: int = 1, tree_of: DrafterSpec | None = None) -> float:
+        """Relative error of a round in a cell not measured; between two batches, the larger one's. tree_of  with a tree of this drafter"""
+        timed = self._weights(batch)[0]
+        return max([self._fits[own].error for own in timed] + [self._trees[own][tree_of].error for own in timed if tree_of in self._trees[own]])
 
     def plain_error(self, batch: int = 1) -> float:
         """Relative standard error of a round of plain decoding."""
@@ -91,6 +112,14 @@ class LatencyModel:
 
     def _weights(self, batch: int) -> tuple[dict[int, float], list[str]]:
         return batch_weights(list(self._fits), batch)
+
+    def _tree_fit(self, config: DraftConfig, batch: int) -> TreeFit:
+        if config.drafter not in self._trees[batch]:
+            at = f" at batch {batch}" if len(self._fits) > 1 else ""
+            raise BadInput(
+                f"the profile timed no trees of drafter {describe_drafter(config.drafter)}{at}, got {describe(config)}; profile with --tree-sizes"
+            )
+        return self._trees[batch][config.drafter]
 
     def _check(self, config: DraftConfig, batch: int) -> None:
         """BadInput for a drafter or a draft_len that was not timed at a profiled batch."""
@@ -157,8 +186,9 @@ def _drift(profile: Profile) -> float:
     again = next((sample for sample in profile.rounds if sample.role == "drift"), None)
     if again is None:
         return 0.0
-    key = (again.drafter, again.kv, again.draft_len, again.context_len, again.batch)
-    first = next((x for x in profile.rounds if x.role == "cell" and (x.drafter, x.kv, x.draft_len, x.context_len, x.batch) == key), None)
+    key = (again.drafter, again.kv, again.draft_len, again.tree_size, again.context_len, again.batch)
+    cells = [sample for sample in profile.rounds if sample.role == "cell"]
+    first = next((x for x in cells if (x.drafter, x.kv, x.draft_len, x.tree_size, x.context_len, x.batch) == key), None)
     if first is None:
         raise BadInput(
             f"a drift sample repeats a cell, the profile has none of draft_len {again.draft_len} at context {again.context_len}; profile again"

@@ -81,17 +81,21 @@ def drafter_weights_bytes(model: ModelSpec, dtype: DType, drafter: DrafterSpec, 
     return total
 
 
-def logits_bytes(model: ModelSpec, draft_len: int, batch: int = 1) -> int:
-    """Distributions of one round in float32: the target's over draft_len + 1 rows, the drafter's over draft_len."""
-    return batch * (2 * draft_len + 1) * model.vocab_size * 4
+def logits_bytes(model: ModelSpec, draft_len: int, verified: int | None = None, batch: int = 1) -> int:
+    """Distributions of one round in float32: the target's over verified + 1 rows, the drafter's over draft_len.
+
+    verified  nodes of a tree; None: a chain's draft_len
+    """
+    return batch * ((draft_len if verified is None else verified) + draft_len + 1) * model.vocab_size * 4
 
 
 def counted_bytes(profile: Profile, config: DraftConfig, workload: Workload) -> int:
     """Weights once, caches and logits of every stream of the batch, tensor by tensor; on one device, should several share the target."""
     model, dtype = profile.target.shard(profile.tensor_parallel), profile.dtype
-    capacity = workload.context_len + workload.output_len + config.draft_len
+    capacity = workload.context_len + workload.output_len + config.verified
     batch = workload.batch
-    total = profile.weights_bytes + full_cache_bytes(model, dtype, capacity=capacity, batch=batch) + logits_bytes(model, config.draft_len, batch)
+    total = profile.weights_bytes + full_cache_bytes(model, dtype, capacity=capacity, batch=batch)
+    total += logits_bytes(model, config.draft_len, config.verified, batch)
     if config.drafter.kind == "self_sparse":
         total += sparse_cache_bytes(model, dtype, budget=config.kv.budget, draft_len=config.draft_len, batch=batch)
         total += drafter_weights_bytes(profile.target, dtype, config.drafter, profile.weights, profile.tensor_parallel)

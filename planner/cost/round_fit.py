@@ -68,6 +68,14 @@ class RoundFits:
             self._known[asked] = np.array([fit.round_s(self.form, drafter, self._drafted, read, position) for fit in self._fits])
         return self._known[asked][:, : config.draft_len + 1]
 
+    def draft_s(self, drafter: DrafterSpec, drafted: int, read: int) -> np.ndarray:
+        """[1 + J]: seconds to draft so many tokens in sequence."""
+        return np.array([fit.draft_s(drafter, drafted, read) for fit in self._fits])
+
+    def narrow_s(self, drafter: DrafterSpec, position: float) -> float:
+        """Seconds of a pass over one token behind a draft, and to commit what it wrote."""
+        return self._fits[0].narrow_s(drafter, position)
+
 
 class _Fit:
     """One fit of all phases, `verify` in every form."""
@@ -96,10 +104,16 @@ class _Fit:
         """[len(drafted)] seconds of a round by the tokens it drafts."""
         if drafter.kind == "none":
             return np.full(len(drafted), self._lines([position])[0] @ self._plain)
-        setup_s, each_s, slope = self._draft[drafter]
-        draft_s = setup_s + (each_s + slope * read / 1000) * drafted
         setup_s, each_s = self._commit[_family(drafter)]
-        return draft_s + self._verify_s(form, drafted + 1, position) + setup_s + each_s * drafted
+        return self.draft_s(drafter, drafted, read) + self._verify_s(form, drafted + 1, position) + setup_s + each_s * drafted
+
+    def draft_s(self, drafter: DrafterSpec, drafted, read: int):
+        """Seconds by the tokens that are drafted, one number or several."""
+        setup_s, each_s, slope = self._draft[drafter]
+        return setup_s + (each_s + slope * read / 1000) * drafted
+
+    def narrow_s(self, drafter: DrafterSpec, position: float) -> float:
+        return float(self._lines([position])[0] @ self._narrow) + float(self._commit[_family(drafter)][0])
 
     def errors(self, form: str, points: list[Point]) -> list[float]:
         """Relative errors of predicted rounds."""

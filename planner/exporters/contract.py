@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from planner.exports import Fidelity, Knob, Step
 from planner.serving import OFF, ModelSize
-from planner.specs import DraftConfig, DType, Execution, Sampler, SparseKV, Weights
+from planner.specs import DraftConfig, DType, Execution, Sampler, SparseKV, Tree, Weights
 from planner.units import format_bytes
 
 
@@ -45,6 +45,7 @@ class Deployed(NamedTuple):
     draft_kv_dtype: str | None = None
     memory: Memory | None = None
     own: OwnRuntime | None = None
+    tree: Tree | None = None
 
     @property
     def off(self) -> bool:

@@ -5,7 +5,7 @@ from planner.errors import BadInput
 from planner.exporters.contract import Deployed, knob
 from planner.exports import Knob, Step
 from planner.serving import OFF
-from planner.specs import describe_kv
+from planner.specs import describe_kv, describe_tree
 
 
 def describe_steps(steps: tuple[Step, ...]) -> str:
@@ -39,6 +39,12 @@ def fit_engine(what: Deployed, rules: DraftRules, load: int, draft_len: int) -> 
         knobs.append(knob("drafter", f"{what.method} idle", "off", "exact", ""))
         return what._replace(method=OFF, draft_model=None, kv=None, draft_kv_dtype=None), knobs
     knobs.append(knob("drafter", what.method, what.method))
+    if what.tree is not None and rules.no_tree:
+        reason = f"{rules.no_tree}; give --profile, so that planner plans the best chain for it"
+        knobs.append(knob("tree", describe_tree(what.tree), f"a chain of {what.draft_len}", "dropped", reason))
+        what = what._replace(tree=None)
+    elif what.tree is not None:
+        knobs.append(knob("tree", describe_tree(what.tree), describe_tree(what.tree)))
     if what.kv is not None:
         what, said = _fit_kv(what, rules)
         knobs.append(said)

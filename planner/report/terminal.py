@@ -141,6 +141,9 @@ def show_profile(profile: Profile, path: str | Path | None) -> None:
     show_table(console, *_texts_table(profile))
     put_title(console, f"Acceptance: P(first draft is accepted), mean over texts with {100 * CONFIDENCE:.0f} % interval")
     show_table(console, *_acceptance_table(profile))
+    if profile.trees:
+        put_title(console, f"Trees: tokens of a round from anywhere in a text, mean over texts with {100 * CONFIDENCE:.0f} % interval")
+        show_table(console, *_trees_table(profile))
     put_title(console, "Rounds: medians, each phase by itself; start is selection and the first token, once per text")
     show_table(console, *_latency_table(profile))
 
@@ -418,6 +421,25 @@ def _acceptance_table(profile: Profile) -> tuple[list[Column], list[list[Column]
     return _context_columns(), [columns], sorted(groups.items(), key=lambda item: item[0][0])
 
 
+def _trees_table(profile: Profile) -> tuple[list[Column], list[list[Column]], list]:
+    groups = {}
+    for sample in profile.trees:
+        text = profile.texts[sample.text]
+        groups.setdefault((text.context_len, text.sampler, sample.drafter, sample.kv, sample.draft_len), []).append(sample.sizes.unpack())
+
+    def tokens(size: int) -> Callable[[tuple], str]:
+        return lambda row: _mean([1 + float(((sizes > 0) & (sizes <= size)).sum(1).mean()) for sizes in row[1]], most=1 + row[0][4])
+
+    columns = [
+        Column("drafter", lambda row: _drafter_name(row[0][2], row[0][3]), right=False),
+        Column("levels", lambda row: str(row[0][4])),
+        Column("texts", lambda row: str(len(row[1]))),
+    ]
+    timed = sorted({sample.tree_size for sample in profile.rounds if sample.tree_size})
+    columns += [Column(f"of {size}\nnodes", tokens(size)) for size in timed]
+    return _context_columns(), [columns], sorted(groups.items(), key=lambda item: item[0][0])
+
+
 def _latency_table(profile: Profile) -> tuple[list[Column], list[list[Column]], list[RoundSample]]:
     def median(values: Sequence[float]) -> str:
         return format_number(1e3 * float(np.median(values)))
@@ -558,7 +580,7 @@ def _drafter_name(drafter: DrafterSpec, kv: KVPolicy) -> str:
 def _round_name(sample: RoundSample) -> str:
     if sample.draft_len == 0:
         return "off" if sample.drafter.kind == "none" else f"{_drafter_name(sample.drafter, sample.kv)} K=0"
-    return f"{_drafter_name(sample.drafter, sample.kv)} K={sample.draft_len}"
+    return f"{_drafter_name(sample.drafter, sample.kv)} K={sample.draft_len}" + f" tree {sample.tree_size}" * (sample.tree_size > 0)
 
 
 # Figures
@@ -568,8 +590,8 @@ def _optional(interval: Interval | None) -> str:
     return "" if interval is None else format_interval(interval)
 
 
-def _mean(shares: Sequence[float]) -> str:
-    """Mean of shares with its interval, Student's t over texts, cut at 0 and 1 where no share can lie."""
+def _mean(shares: Sequence[float], most: float = 1.0) -> str:
+    """Mean with its interval, Student's t over texts, cut at 0 and at the most there can be: 1 for a share."""
     if not shares:
         return "never drafted"
     mean = float(np.mean(shares))
@@ -578,4 +600,4 @@ def _mean(shares: Sequence[float]) -> str:
     from scipy.special import stdtrit  # here: scipy is slow to import, and --help needs none of it
 
     half = float(stdtrit(len(shares) - 1, (1 + CONFIDENCE) / 2) * np.std(shares, ddof=1) / np.sqrt(len(shares)))
-    return f"{mean:.2f} [{max(0.0, mean - half):.2f}, {min(1.0, mean + half):.2f}]"
+    return f"{mean:.2f} [{max(0.0, mean - half):.2f}, {min(most, mean + half):.2f}]"

@@ -57,7 +57,7 @@ def predict(models: Models, config: DraftConfig, workload: Workload, price_per_h
     if workload.context_len + workload.output_len > limit:
         raise BadInput(f"context + output must fit the {whose}'s {limit} tokens, got {workload.context_len} + {workload.output_len}; shorten one")
     position = workload.context_len + workload.output_len / 2  # round time is linear in it, so the middle is the mean
-    round_s = latency.round_s(config, workload.context_len, position, workload.batch)  # [1 + J, K + 1]
+    round_s = latency.round_s(config, workload.context_len, position, workload.batch)  # [1 + J, K + 1], of a tree by nodes
     if config.draft_len == 0:
         _, notes = context_weights(profile.contexts, workload.context_len)
         per_text, means, rounds_per_token, text_variance, sd_rounds, num_texts = [], round_s[:, 0], 1.0, 0.0, 0.0, 0
@@ -77,7 +77,7 @@ def predict(models: Models, config: DraftConfig, workload: Workload, price_per_h
         num_texts = min(len(r) for _, r, _ in rounds)
 
     tpot = float(means[0])
-    error = latency.plain_error(workload.batch) if config.draft_len == 0 else latency.error(workload.batch)
+    error = latency.plain_error(workload.batch) if config.draft_len == 0 else latency.error(workload.batch, config.tree and config.drafter)
     latency_variance = _jackknife(means[1:]) + (tpot * error) ** 2 + (tpot * latency.unsteadiness) ** 2
     half = _quantile(num_texts)
     tpot_sd = math.sqrt(text_variance + latency_variance)
@@ -87,7 +87,7 @@ def predict(models: Models, config: DraftConfig, workload: Workload, price_per_h
         firsts, laters = weights(objective, workload)
         return _interval(firsts * ttft + laters * tpot, half * math.hypot(firsts * ttft_sd, laters * tpot_sd))
 
-    power = models.power.watts(config, workload.context_len, workload.batch)
+    power = models.power.watts(config, workload.context_len, workload.batch) if config.tree is None else None
     joules = None
     if power is not None:  # rounds are those of all streams, and so is what they use
         value = power.watts * tpot / workload.batch
@@ -186,7 +186,7 @@ def refusal(models: Models, prediction: Prediction, workload: Workload, cap_byte
 
 
 def _by_width(by_drafted: np.ndarray, batch: int) -> np.ndarray:
-    """[texts, K+1] rounds per token of each text, by what the widest of its batch drafts: the pass is as wide for all.
+    """[texts, K+1] rounds per token of each text, by what the widest of its batch verifies: the pass is as wide for all.
 
     The neighbours are at any place of any text, so their drafts are draws from the mean over texts. A batch of one has none.
     """

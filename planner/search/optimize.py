@@ -1,20 +1,23 @@
 """Choose: every configuration that the profile can answer for, the best by expected objective under the memory cap.
 
-The space is small (drafters x policies x budgets x draft_len), so all of it is evaluated.
+The space is small (drafters x policies x budgets x draft_len, and for trees x sizes), so all of it is evaluated.
 """
 
 import math
 import shlex
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 import planner
+from planner.cost.adaptive_tree import adaptive_tree
 from planner.errors import BadInput
 from planner.exporters.contract import OwnRuntime
 from planner.exporters.own_runtime import generate_words
 from planner.measurements import Profile
-from planner.plans import Interval, Plan, Rejected, Tie
+from planner.plans import Estimate, Interval, Plan, Rejected, Tie
 from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict, refusal, text_share, with_speedup
-from planner.specs import PLAIN, DraftConfig, Objective, Workload
+from planner.specs import PLAIN, DraftConfig, FixedTree, Objective, Workload
 
 NUM_RUNNERS_UP = 3
 MAX_TIES = 5
@@ -39,8 +42,9 @@ def make_plan(
     baseline = predict(models, PLAIN, workload, price_per_hour)
     if reason := refusal(models, baseline, workload, memory_cap_bytes):
         raise BadInput(f"plain decoding alone {reason}; raise --memory-cap, shorten the context or use a smaller model")
-    feasible, refused, unanswered = [baseline], [], []
-    for config in filter(allowed, candidates(models)):
+    feasible, refused = [baseline], []
+    trees, unanswered = tree_candidates(models, workload)
+    for config in filter(allowed, [*candidates(models), *trees]):
         try:
             prediction = with_speedup(predict(models, config, workload, price_per_hour), baseline, objective)
         except BadInput as error:
@@ -82,7 +86,7 @@ def make_plan(
         speedup=chosen.estimate.speedup,
         break_even_tokens_per_round=speculative.estimate.round_s.value / baseline.estimate.tpot_s.value if speculative else 1.0,
         best_speculative=speculative.estimate.config if speculative else None,
-        runners_up=[p.estimate for p in others if p is not baseline][:NUM_RUNNERS_UP],
+        runners_up=_runners_up(chosen, [p for p in others if p is not baseline]),
         ties=find_ties(chosen, others, objective),
         rejected=rejected,
         num_candidates=len(feasible) + len(rejected),
@@ -103,6 +107,32 @@ def candidates(models: Models) -> list[DraftConfig]:
         for kv in models.acceptance.policies(drafter)
         for draft_len in range(1, min(longest, models.latency.max_draft_len.get(drafter, longest)) + 1)
     ]
+
+
+def tree_candidates(models: Models, workload: Workload) -> tuple[list[DraftConfig], list[Rejected]]:
+    """Every tree that the profile can answer for: of each size that was timed, and adaptive up to the largest; and the adaptive ones it cannot."""
+    found, unanswered = [], []
+    for drafter, kv, draft_len, max_size in models.acceptance.trees:
+        chain = DraftConfig(drafter=drafter, kv=kv, draft_len=draft_len)
+        sizes = [size for size in models.latency.tree_sizes(drafter, workload.batch) if size <= max_size]
+        found += [replace(chain, tree=FixedTree(size=size)) for size in sizes]
+        if not sizes:
+            continue
+        largest = found[-1]
+        try:
+            found.append(replace(chain, tree=adaptive_tree(models.acceptance, models.latency, largest, workload)))
+        except BadInput as error:
+            unanswered.append(Rejected(config=largest, reason=f"no adaptive tree: {error}"))
+    return found, unanswered
+
+
+def _runners_up(chosen: Prediction, others: list[Prediction]) -> list[Estimate]:
+    """The next best, best first; the best chain, fixed tree and adaptive tree are among them, so that a check compares those."""
+    kinds = {type(chosen.estimate.config.tree)}
+    firsts = [p for p in others if type(p.estimate.config.tree) not in kinds and not kinds.add(type(p.estimate.config.tree))]
+    rest = [p for p in others if p not in firsts]
+    taken = (firsts + rest)[:NUM_RUNNERS_UP]
+    return [p.estimate for p in others if p in taken]
 
 
 def find_ties(chosen: Prediction, others: list[Prediction], objective: Objective) -> list[Tie]:
