@@ -1,5 +1,8 @@
 """Whole rounds, timed in place: draft, verify and commit as they follow each other in the decode loop.
 
+Of a tree, shaping it counts as drafting; its mask, the pass as wide as it has nodes, and the copy to the host as
+verification; compacting what was accepted as commit. Cells that differ by the size of a fixed tree say what a node costs.
+
 Cells are measured in passes, a few rounds of every cell in turn, and the passes are spread over the profile, so that a
 slow minute hits all cells alike and none alone. Energy takes longer to show, and has a pass of its own.
 
@@ -114,7 +117,7 @@ def merge_passes(passes: list[list[RoundSample]]) -> list[RoundSample]:
     """One sample per cell, its rounds in the order they ran."""
     merged: dict[tuple, RoundSample] = {}
     for sample in (sample for samples in passes for sample in samples):
-        key = (sample.drafter, sample.kv, sample.draft_len, sample.context_len, sample.batch, sample.role)
+        key = (sample.drafter, sample.kv, sample.draft_len, sample.tree_size, sample.context_len, sample.batch, sample.role)
         if key in merged:
             lists = ("position", "drafted", "draft_s", "verify_s", "commit_s", "warmup_s", "start_s")
             sample = msgspec.structs.replace(sample, **{name: getattr(merged[key], name) + getattr(sample, name) for name in lists})
@@ -164,6 +167,7 @@ def _measure_cell(
         drafter=config.drafter,
         kv=config.kv,
         draft_len=config.draft_len,
+        tree_size=0 if config.tree is None else config.tree.max_size,
         context_len=context_len,
         batch=batch,
         role=role,
@@ -211,6 +215,6 @@ def _decode(
     )  # fmt: skip
 
 
-def rounds_room(draft_len: int) -> int:
-    """Tokens of cache behind the prompt that measuring a configuration takes."""
-    return (WARMUP_ROUNDS + ROUNDS_PER_PASS + 2) * (draft_len + 1) + draft_len
+def rounds_room(verified: int) -> int:
+    """Tokens of cache behind the prompt that measuring a configuration takes, chain or tree (DraftConfig.verified)."""
+    return (WARMUP_ROUNDS + ROUNDS_PER_PASS + 2) * (verified + 1) + verified

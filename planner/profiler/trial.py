@@ -36,7 +36,7 @@ def run_trials(
     warm: bool = True,
     counter: Counter | None = None,  # of energy
     prefilled: dict[str, "Ground"] | None = None,  # where groups stay for the next call with the same prompts, by the key of their first
-    longest: int | None = None,  # draft_len that a prefilled cache is to have room for; None: that of these arms
+    longest: int | None = None,  # drafted tokens of a round, chain or tree, that a prefilled cache is to have room for; None: those of these arms
 ) -> Iterator[Trial]:
     """Decode every prompt with every arm, `batch` prompts side by side, one trial for each prompt and arm.
 
@@ -45,7 +45,7 @@ def run_trials(
     """
     if len(prompts) % batch:
         raise ValueError(f"prompts are run in groups of {batch}, got {len(prompts)}; give a multiple")
-    longest = max(config.draft_len for config in arms) if longest is None else longest
+    longest = max(config.verified for config in arms) if longest is None else longest
     for number, first in enumerate(range(0, len(prompts), batch)):
         group = prompts[first : first + batch]
         todo = [config for config in arms if any((prompt.key, config) not in skip for prompt in group)]
