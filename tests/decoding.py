@@ -19,7 +19,7 @@ GREEDY = Sampler()
 
 
 def run(model, prompts, config=PLAIN, drafter=None, sampler=GREEDY, seed=0, new_tokens=40, stop_tokens=()):
-    cache, logits = prefilled(model, prompts, cache_capacity(max(map(len, prompts)), new_tokens, config.verified or 4))
+    cache, logits = prefilled(model, prompts, cache_capacity(max(map(len, prompts)), new_tokens, config.verified or 6))
     drafter = drafter or make_drafter(config, model, batch=len(prompts))
     generators = [torch.Generator(device=model.device).manual_seed(seed + b) for b in range(len(prompts))]
     rounds = list(

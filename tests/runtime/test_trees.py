@@ -49,7 +49,7 @@ def logits_saying(*tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("says", "accepted", "path"),
     [
-        ((1, 2, 9, 9, 4, 9, 9), [1, 2, 4, 9], [0, 1, 3]),  # down the longest branch, and on
+        ((1, 2, 4, 9, 9, 9, 9), [1, 2, 4, 9], [0, 1, 3]),  # down the longest branch, and on
         ((1, 5, 9, 9, 9, 9, 9), [1, 5, 9], [0, 4]),
         ((3, 9, 9, 6, 9, 9, 7), [3, 6, 7], [2, 5]),
         ((3, 9, 9, 2, 9, 9, 9), [3, 2], [2]),  # a token that stands elsewhere in the tree
@@ -68,7 +68,7 @@ def test_the_path_is_what_the_target_chooses_from_node_to_node(says, accepted, p
 
 def test_columns_behind_a_streams_nodes_are_no_nodes():
     tokens, parents = torch.tensor([[1, 2, 3, 4, 5, 6]] * 3), torch.tensor([PARENTS] * 3)
-    logits = logits_saying(1, 2, 9, 9, 4, 9, 9).expand(3, -1, -1)
+    logits = logits_saying(1, 2, 4, 9, 9, 9, 9).expand(3, -1, -1)
     verdict = verify_tree(tokens, parents, torch.tensor([6, 2, 0]), logits, GREEDY, torch.zeros(3, 4, dtype=torch.float64))
     assert verdict.num_accepted.tolist() == [3, 2, 0]
     assert [row[: n + 1] for n, row in zip([3, 2, 0], verdict.tokens.tolist(), strict=True)] == [[1, 2, 4, 9], [1, 2, 9], [1]]
@@ -227,7 +227,7 @@ def choose_among_children(draft_tokens, parents, sizes, target_logits, sampler, 
     """Wrong: the target's distribution at the root is cut to what the tree has."""
     p = probabilities(target_logits[:, 0], sampler)
     at_root = (parents == -1) & (torch.arange(parents.shape[1]) < sizes[:, None])
-    inside = torch.zeros_like(p).scatter_(1, draft_tokens, at_root.float(), reduce="add")
+    inside = torch.zeros_like(p).scatter_add_(1, draft_tokens, at_root.float())
     logits = target_logits.clone()
     logits[:, 0] = torch.where((inside > 0) & (p > 0), target_logits[:, 0] + 1.0, target_logits[:, 0])
     return verify_tree(draft_tokens, parents, sizes, logits, sampler, uniform)
@@ -241,7 +241,7 @@ def test_a_wrong_rule_is_caught_when_sampling(soft_model, monkeypatch, rule):
 
 @pytest.mark.parametrize("wrong", ["rule", "mask", "positions", "compaction"])
 def test_a_wrong_round_is_caught_when_greedy(model, monkeypatch, wrong):
-    prompt = random_prompt(50)
+    prompt = random_prompt(50, seed=1)
     plain = run(model, [prompt])[0]
     assert run(model, [prompt], TREE)[0] == plain
     real = Ancestors.of
