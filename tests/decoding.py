@@ -7,8 +7,11 @@ import torch
 from scipy import stats
 from tiny import prefilled, random_prompt
 
+from planner.profiler.acceptance import write_texts
+from planner.profiler.texts import Prompt
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
+from planner.runtime.drafters.protocol import TargetText
 from planner.runtime.sampling import probabilities
 from planner.specs import PLAIN, Sampler
 
@@ -16,7 +19,7 @@ GREEDY = Sampler()
 
 
 def run(model, prompts, config=PLAIN, drafter=None, sampler=GREEDY, seed=0, new_tokens=40, stop_tokens=()):
-    cache, logits = prefilled(model, prompts, cache_capacity(max(map(len, prompts)), new_tokens, config.verified or 4))
+    cache, logits = prefilled(model, prompts, cache_capacity(max(map(len, prompts)), new_tokens, config.verified or 6))
     drafter = drafter or make_drafter(config, model, batch=len(prompts))
     generators = [torch.Generator(device=model.device).manual_seed(seed + b) for b in range(len(prompts))]
     rounds = list(
@@ -26,10 +29,22 @@ def run(model, prompts, config=PLAIN, drafter=None, sampler=GREEDY, seed=0, new_
     return [[t for r in rounds for t in r.tokens[b]] for b in range(len(prompts))], rounds
 
 
+def written(model, prompt, sampler, count=1, output_len=24, seed=0, stop_tokens=()) -> list[TargetText]:
+    """Continuations of one prompt by plain decoding."""
+    one, logits = prefilled(model, [prompt], len(prompt))
+    cache = model.new_cache(len(prompt) + output_len, batch=count)
+    cache.take(one, len(prompt))
+    texts = write_texts(
+        model, cache, [Prompt("kind", "source", 0, len(prompt), prompt)] * count, len(prompt), logits.expand(count, -1), sampler,
+        output_len=output_len, stop_tokens=stop_tokens, seeds=[seed + b for b in range(count)],
+    )  # fmt: skip
+    return [text.target_text for text in texts]
+
+
 def joint_frequencies(model, config, sampler, drafter=None, runs=4000, batch=100, prompt=random_prompt(30, seed=3)):
     """How often each pair (token 2, token 3) was written, given that token 1 is free."""
     one, logits = prefilled(model, [prompt], 60)
-    cache = model.new_cache(60, batch=batch)
+    cache = model.new_cache(60 + config.verified, batch=batch)
     cache.take(one, len(prompt))
     counts = np.zeros((61, 61))
     for run_index in range(runs // batch):

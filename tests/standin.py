@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from planner.profiler.acceptance import replay, write_texts
+from planner.profiler.acceptance import replay, replay_trees, write_texts
 from planner.profiler.texts import Prompt
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
@@ -27,7 +27,7 @@ from planner.runtime.drafters.none import NoDrafter
 from planner.runtime.drafters.protocol import Draft
 from planner.runtime.graphs import GraphKernels
 from planner.runtime.kernels import Kernels
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, FixedTree, FullKV, Sampler, SparseKV
 
 STANDIN = "standin:0"
 READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2"}  # bring a value, or the shape of a result, to the host
@@ -144,6 +144,9 @@ CONFIGS = {
     "snapkv": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=40, selection="snapkv"), draft_len=DRAFT_LEN),
     "retrieval": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=21, recent=9, selection="retrieval", refresh=4), draft_len=DRAFT_LEN),
     "draft model": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=FullKV(), draft_len=DRAFT_LEN),
+    "window, tree": DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=SparseKV(budget=20, sink=4, recent=8), draft_len=DRAFT_LEN, tree=FixedTree(size=7)),
+    "eagle3, tree": DraftConfig(drafter=HEAD, draft_len=DRAFT_LEN, tree=FixedTree(size=7)),
+    "draft model, tree": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=FullKV(), draft_len=DRAFT_LEN, tree=FixedTree(size=7)),
     "draft model, window": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, storage="evict"), draft_len=DRAFT_LEN),
     "draft model, retrieval": DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer"), kv=SparseKV(budget=21, recent=9, selection="retrieval", refresh=4), draft_len=DRAFT_LEN),
 }  # fmt: skip
@@ -182,7 +185,7 @@ def rounds_of(device: str, lengths: list[int], config: DraftConfig, sampler: Sam
     """Texts of a decoding run, and the host reads of each round, the first token's included."""
     model = standin_model(config, sharpness=1.5, device=device, kernels=kernels)
     prompts = [random_prompt(length, seed=length) for length in lengths]
-    cache, logits = prefilled(model, prompts, cache_capacity(max(lengths), NEW_TOKENS, DRAFT_LEN), CHUNK)
+    cache, logits = prefilled(model, prompts, cache_capacity(max(lengths), NEW_TOKENS, max(DRAFT_LEN, config.verified)), CHUNK)
     drafter = drafter_class(61, model.device) if drafter_class else make_drafter(config, model, batch=len(prompts))
     generators = [torch.Generator(device=model.device).manual_seed(b) for b in range(len(prompts))]
     texts, reads, accepted = [[] for _ in prompts], [], 0
@@ -214,9 +217,12 @@ def replay_of(device: str, config: DraftConfig, sampler: Sampler) -> dict:
     written = write_texts(
         model, cache, [Prompt("kind", "source", 0, 50, prompt)] * 2, 50, logits, sampler, output_len=NEW_TOKENS, stop_tokens=(), seeds=[0, 1]
     )  # fmt: skip
-    samples = [replay(model, text.target_text, config, index) for index, text in enumerate(written)]
+    if config.tree is None:
+        found = [replay(model, text.target_text, config, index).accept_prob for index, text in enumerate(written)]
+    else:
+        found = [replay_trees(model, text.target_text, config, [DRAFT_LEN], config.tree.size, index)[0].sizes for index, text in enumerate(written)]
     return {
-        "texts": [text.target_text.tokens for text in written], "accept_prob": [sample.accept_prob.unpack().tolist() for sample in samples],
+        "texts": [text.target_text.tokens for text in written], "accept_prob": [packed.unpack().tolist() for packed in found],
         "on_cpu": dict(on_cpu), "device": str(written[0].target_text.token_probs.device),
     }  # fmt: skip
 

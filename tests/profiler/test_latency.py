@@ -7,7 +7,7 @@ from tiny import prefilled, random_prompt, tiny_model
 
 from planner.profiler import latency
 from planner.profiler.latency import PASSES, ROUNDS_PER_PASS, WARMUP_ROUNDS, Ground, measure_pass, merge_passes, rounds_room, side_by_side
-from planner.specs import PLAIN, DraftConfig, Sampler, SparseKV
+from planner.specs import PLAIN, DraftConfig, FixedTree, Sampler, SparseKV
 
 WARM = Sampler(temperature=1.0)
 WINDOW = DraftConfig(drafter=SELF_SPARSE, kv=SparseKV(budget=20, sink=4, recent=8), draft_len=3)
@@ -126,3 +126,14 @@ def test_passes_are_merged_batch_by_batch(model, grounds):
     merged = merge_passes(passes)
     assert [(s.draft_len, s.batch) for s in merged] == [(0, 1), (3, 1), (0, 2), (3, 2)]
     assert all(len(s.draft_s) == PASSES * ROUNDS_PER_PASS and len(s.start_s) == PASSES for s in merged)
+
+
+def test_trees_of_every_size_are_cells_of_their_own(model):
+    prompt = random_prompt(40)
+    ground = Ground(prompt, *prefilled(model, [prompt], 40 + rounds_room(20)))
+    trees = [DraftConfig(drafter=SELF_SPARSE, kv=WINDOW.kv, draft_len=3, tree=FixedTree(size=size)) for size in (1, 8, 20)]
+    merged = merge_passes([measure_pass(model, {40: ground}, [WINDOW, *trees], WARM, seed=i)[0] for i in range(2)])
+    assert [(s.draft_len, s.tree_size) for s in merged] == [(3, 0), (3, 1), (3, 8), (3, 20)]
+    for sample in merged[1:]:
+        assert sample.drafted == [sample.tree_size] * 2 * ROUNDS_PER_PASS
+        assert min(sample.draft_s) > 0 and min(sample.verify_s) > 0 and min(sample.commit_s) > 0

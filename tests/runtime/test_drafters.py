@@ -15,18 +15,21 @@ from planner.cost.memory import counted_bytes, features_bytes, full_cache_bytes
 from planner.measurements import DrafterModel
 from planner.runtime.drafters import drafting_model, make_drafter
 from planner.runtime.weights import dtype_name
-from planner.specs import LOADED, DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, Workload
+from planner.specs import LOADED, AdaptiveTree, DraftConfig, DrafterSpec, FixedTree, FullKV, Sampler, SparseKV, TreeCosts, Workload
 
 GREEDY, WARM = Sampler(), Sampler(temperature=0.8, top_p=0.9, top_k=20)
 NEW_TOKENS = 40  # of decoding.run
 
 
-def own(kv, draft_len, **drafter):
-    return DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer", **drafter), kv=kv, draft_len=draft_len)
+STEPPED = AdaptiveTree(costs=TreeCosts(draft_s=0.004, verify_s=tuple(0.01 + 0.0005 * n + 0.004 * (n > 3) for n in range(13))))
 
 
-def shared(kv, draft_len, **drafter):
-    return DraftConfig(drafter=DrafterSpec(kind="self_sparse", **drafter), kv=kv, draft_len=draft_len)
+def own(kv, draft_len, tree=None, **drafter):
+    return DraftConfig(drafter=DrafterSpec(kind="draft_model", path="one layer", **drafter), kv=kv, draft_len=draft_len, tree=tree)
+
+
+def shared(kv, draft_len, tree=None, **drafter):
+    return DraftConfig(drafter=DrafterSpec(kind="self_sparse", **drafter), kv=kv, draft_len=draft_len, tree=tree)
 
 
 DRAFTS = {
@@ -54,6 +57,17 @@ DRAFTS = {
     "dflash, more than a block": DraftConfig(drafter=BLOCK_HEAD, draft_len=8),
     "dflash, window": DraftConfig(drafter=BLOCK_HEAD, kv=SparseKV(budget=20, sink=4, recent=8, storage="evict"), draft_len=3),
     "dflash, small window": DraftConfig(drafter=BLOCK_HEAD, kv=SparseKV(budget=5, sink=2, recent=3, storage="evict"), draft_len=5),
+    "dflash, tree": DraftConfig(drafter=BLOCK_HEAD, draft_len=4, tree=FixedTree(size=12)),
+    "dflash, window, adaptive tree": DraftConfig(
+        drafter=BLOCK_HEAD, kv=SparseKV(budget=5, sink=2, recent=3, storage="evict"), draft_len=5, tree=STEPPED
+    ),
+    "window, tree": shared(SparseKV(budget=20, sink=4, recent=8), 3, tree=FixedTree(size=9)),
+    "chunk refreshed, adaptive tree": shared(SparseKV(budget=21, recent=9, selection="chunk", refresh=5), 4, tree=STEPPED),
+    "own, full, tree": own(FullKV(), 3, tree=FixedTree(size=5)),
+    "own, window, adaptive tree": own(SparseKV(budget=5, sink=2, recent=3, storage="evict"), 4, tree=STEPPED),
+    "own, snapkv refreshed, tree": own(SparseKV(budget=40, selection="snapkv", refresh=7), 3, tree=FixedTree(size=16)),
+    "eagle3, tree": DraftConfig(drafter=HEAD, draft_len=4, tree=FixedTree(size=12)),
+    "eagle3, adaptive tree": DraftConfig(drafter=HEAD, draft_len=3, tree=STEPPED),
 }
 each = pytest.mark.parametrize("config", DRAFTS.values(), ids=DRAFTS)
 
@@ -94,7 +108,7 @@ def test_a_text_ends_at_its_length_and_at_a_stop_token(model, config):
     for new_tokens in (1, 2, 3, 7):
         texts, rounds = run(model, prompts, config, new_tokens=new_tokens)
         assert texts == [text[:new_tokens] for text in plain]
-        assert all(a <= d <= config.draft_len for r in rounds for a, d in zip(r.accepted, r.drafted, strict=True))
+        assert all(a <= d <= config.verified and a <= config.draft_len for r in rounds for a, d in zip(r.accepted, r.drafted, strict=True))
     stop = plain[0][8]
     assert run(model, prompts, config, stop_tokens=(stop,))[0] == [text[: text.index(stop) + 1] if stop in text else text for text in plain]
 
@@ -140,10 +154,10 @@ def test_predicted_bytes_are_those_that_the_drafter_holds(model, config, batch):
         models = [DrafterModel(drafter=drafter, spec=small.spec, fingerprint=small.fingerprint, weights_bytes=size, **own)]
     profile = made_profile(target=model.spec, weights_bytes=model.nbytes, drafter_models=models)
     workload = Workload(context_len=length, output_len=NEW_TOKENS, sampler=GREEDY, batch=batch)
-    without = DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=config.draft_len)
+    without = DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=config.verified)
     transient = 0
     if drafter in (HEAD, BLOCK_HEAD):  # what the target's cache keeps for it
-        transient = features_bytes(model.spec, "float32", len(models[0].taps), capacity=length + NEW_TOKENS + config.draft_len, batch=batch)
+        transient = features_bytes(model.spec, "float32", len(models[0].taps), capacity=length + NEW_TOKENS + config.verified, batch=batch)
     if drafter.kind == "draft_model" and isinstance(config.kv, SparseKV) and config.kv.storage == "evict":
         transient = full_cache_bytes(models[0].spec, models[0].dtype, capacity=length)  # a prompt's keys until they are chosen from
     assert counted_bytes(profile, config, workload) - counted_bytes(profile, without, workload) - transient == made.nbytes

@@ -10,12 +10,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from decoding import written
 from tiny import BLOCK_HEAD, HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_block_head, with_head
 
 from planner.cost.renewal import expected_rounds
 from planner.profiler.acceptance import replay as stored_replay
-from planner.profiler.acceptance import write_texts
-from planner.profiler.texts import Prompt
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import dflash, draft_model, eagle3, make_drafter, self_sparse, trees
 from planner.runtime.drafters.protocol import TargetText
@@ -66,18 +65,6 @@ def model(tmp_path_factory):
     target = tiny_model(seed=5, sharpness=1.1)
     target.beside["one layer", None] = tiny_model(seed=5, sharpness=1.1, num_layers=1)  # the target's first: it agrees now and then
     return with_block_head(with_head(target, tmp_path_factory.mktemp("model") / "head"), tmp_path_factory.mktemp("block") / "head")
-
-
-def written(model, prompt, sampler, count=1, output_len=T, seed=0, stop_tokens=()) -> list[TargetText]:
-    """Continuations of one prompt by plain decoding."""
-    one, logits = prefilled(model, [prompt], len(prompt))
-    cache = model.new_cache(len(prompt) + output_len, batch=count)
-    cache.take(one, len(prompt))
-    texts = write_texts(
-        model, cache, [Prompt("kind", "source", 0, len(prompt), prompt)] * count, len(prompt), logits.expand(count, -1), sampler,
-        output_len=output_len, stop_tokens=stop_tokens, seeds=[seed + b for b in range(count)],
-    )  # fmt: skip
-    return [text.target_text for text in texts]
 
 
 class Forced:
