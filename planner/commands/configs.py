@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 import msgspec
@@ -28,6 +27,7 @@ from planner.specs import (
     listed,
     usual_storage,
 )  # fmt: skip
+from planner.trained import checkpoint_path
 from planner.units import parse_numbers, words
 
 
@@ -111,7 +111,7 @@ def drafter_specs(asked: AskedGrid, weights: str) -> list[DrafterSpec]:
 
 def checkpoint_kind(path: str) -> str:
     """eagle3 or dflash for a folder whose config.json says so, else draft_model."""
-    config = Path(path) / "config.json"
+    config = checkpoint_path(path) / "config.json"
     if not config.is_file():
         return "draft_model"
     try:

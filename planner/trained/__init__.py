@@ -13,6 +13,7 @@ from planner.specs import ModelSpec
 FORMAT = "specplan own layers 1"
 SUFFIX = ".safetensors"
 NAMES = ("smollm2-multi-view",)
+FOLDERS = ("smollm2-dflash",)  # heads, which come as they are published, a folder each: they hold nothing of the target's
 MAX_HEADER_BYTES = 100 * 2**20  # as safetensors has it
 
 
@@ -36,6 +37,16 @@ class _File(msgspec.Struct):
 def is_own_layers(name: str) -> bool:
     """Whether a drafter's name or path stands for its own layers and no whole checkpoint."""
     return name in NAMES or name.endswith(SUFFIX)
+
+
+def checkpoint_path(name: str) -> Path:
+    """Where a drafter's checkpoint lies: the shipped folder of that name, or what the name says."""
+    if name not in FOLDERS:
+        return Path(name)
+    path = Path(__file__).with_name(name)
+    if not path.is_dir():
+        raise BadInput(f"the drafter {name} comes with the package, and its folder {path} is missing; install specplan again")
+    return path
 
 
 def own_layers_path(name: str) -> Path:

@@ -4,6 +4,7 @@ That its output is lossless and its replay true is tested with the other drafter
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from planner.runtime.dflash_head import evenly_spread, load_head
 from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.protocol import TargetText
 from planner.specs import DraftConfig, DrafterSpec, FixedTree, FullKV, Sampler, SparseKV
+from planner.trained import FOLDERS, checkpoint_path
 
 K, BLOCK = 4, 6
 DFLASH = DraftConfig(drafter=BLOCK_HEAD, draft_len=K)
@@ -408,3 +410,12 @@ def test_a_replayed_tree_is_the_one_that_would_be_proposed(target, tmp_path):
         assert (replayed.probs[s] > 0).sum() == draft.lens[0]
         held += found[0] > 0
     assert held > 0
+
+
+def test_a_shipped_name_is_its_folder_and_a_path_is_itself(tmp_path, monkeypatch, target):
+    monkeypatch.setattr("planner.trained.__file__", str(tmp_path / "__init__.py"))
+    assert checkpoint_path("some/folder") == Path("some/folder")
+    with pytest.raises(BadInput, match="comes with the package, and its folder .* is missing; install specplan again"):
+        checkpoint_kind(FOLDERS[0])
+    write_head(tmp_path / FOLDERS[0], *block_head_files(target, **MIXED))
+    assert checkpoint_kind(FOLDERS[0]) == "dflash" and checkpoint_path(FOLDERS[0]) == tmp_path / FOLDERS[0]

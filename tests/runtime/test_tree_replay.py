@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from decoding import written
-from tiny import HEAD, NATIVE, native_kernels, random_prompt, tiny_model, with_head
+from tiny import BLOCK_HEAD, HEAD, NATIVE, native_kernels, random_prompt, tiny_model, with_block_head, with_head
 
 from planner.draft_trees import choose_size
 from planner.profiler.acceptance import replay_trees as stored_replay
 from planner.runtime.decode import cache_capacity, decode
-from planner.runtime.drafters import draft_model, eagle3, make_drafter, self_sparse
+from planner.runtime.drafters import dflash, draft_model, eagle3, make_drafter, self_sparse
 from planner.runtime.drafters.trees import membership
 from planner.runtime.model import prefill
 from planner.specs import AdaptiveTree, DraftConfig, DrafterSpec, FixedTree, FullKV, Sampler, SparseKV, TreeCosts
@@ -30,6 +30,8 @@ DRAFTERS = [
     (OWN, SparseKV(budget=20, sink=4, recent=8)),
     (OWN, SparseKV(budget=21, recent=9, selection="retrieval", refresh=3)),
     (OWN, SparseKV(budget=21, recent=9, selection="chunk", refresh=1)),
+    (BLOCK_HEAD, FullKV()),
+    (BLOCK_HEAD, SparseKV(budget=20, sink=4, recent=8, storage="evict")),
     (HEAD, FullKV()),
 ]
 each = pytest.mark.parametrize(("drafter", "kv"), DRAFTERS, ids=str)
@@ -40,7 +42,7 @@ STEPPED = TreeCosts(draft_s=0.004, verify_s=tuple(0.01 + 0.0005 * n + 0.004 * (n
 def model(tmp_path_factory):
     target = tiny_model(seed=5, sharpness=1.1)
     target.beside["one layer", None] = tiny_model(seed=5, sharpness=1.1, num_layers=1)  # the target's first: it agrees now and then
-    return with_head(target, tmp_path_factory.mktemp("model") / "head")
+    return with_block_head(with_head(target, tmp_path_factory.mktemp("model") / "head"), tmp_path_factory.mktemp("block") / "head")
 
 
 def rounds_of(model, prompt, config, sampler, count=1, output_len=T, seed=0):
@@ -113,7 +115,7 @@ def test_native_rounds_are_replayed(tmp_path):
 TEXTS = 60
 
 
-@pytest.mark.parametrize(("drafter", "kv"), [DRAFTERS[0], DRAFTERS[-1]], ids=str)
+@pytest.mark.parametrize(("drafter", "kv"), [DRAFTERS[0], *DRAFTERS[-2:]], ids=str)
 def test_sampled_rounds_are_those_of_the_decode_loop_on_average(model, drafter, kv):
     prompt, tree = random_prompt(60, seed=4), AdaptiveTree(costs=STEPPED)
     texts = written(model, prompt, WARM, count=TEXTS, output_len=20, seed=10_000)
@@ -131,8 +133,9 @@ def test_replaying_in_smaller_passes_or_fewer_levels_changes_nothing(model, draf
     (text,) = written(model, random_prompt(60), WARM)
     config = DraftConfig(drafter=drafter, kv=kv, draft_len=5)
     whole = make_drafter(config, model).replay_trees(text, [2, 5], MAX_SIZE)
-    for module, name in ((self_sparse, "STARTS_PER_PASS"), (eagle3, "STARTS_PER_PASS"), (draft_model, "TOKENS_PER_PASS")):
-        monkeypatch.setattr(module, name, 7)
+    for module in (self_sparse, eagle3, dflash):
+        monkeypatch.setattr(module, "STARTS_PER_PASS", 7)
+    monkeypatch.setattr(draft_model, "TOKENS_PER_PASS", 7)
     for (levels, expected), result in zip(
         zip((2, 5), whole, strict=True), make_drafter(config, model).replay_trees(text, [2, 5], MAX_SIZE), strict=True
     ):

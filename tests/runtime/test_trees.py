@@ -3,7 +3,7 @@
 import pytest
 import torch
 from decoding import exact_pairs, joint_frequencies, p_value, run
-from tiny import HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_head
+from tiny import BLOCK_HEAD, HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_block_head, with_head
 
 from planner.profiler.timer import PhaseTimer
 from planner.runtime import decode as decode_module
@@ -26,7 +26,7 @@ PARENTS = [-1, 0, -1, 1, 0, 2]  # 0 (1 (3), 4), 2 (5)
 def model(tmp_path_factory):
     target = tiny_model(seed=5, sharpness=1.5)
     target.beside["one layer", None] = tiny_model(seed=5, sharpness=1.5, num_layers=1)
-    return with_head(target, tmp_path_factory.mktemp("model") / "head")
+    return with_block_head(with_head(target, tmp_path_factory.mktemp("model") / "head"), tmp_path_factory.mktemp("block") / "head")
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +162,15 @@ SIZES = [*range(1, 10), 13, 16, 17, 25, 32, 33, 48, 63, 64]
 @pytest.mark.parametrize("execution", ["eager", "native"])
 @pytest.mark.parametrize(
     ("drafter", "kv"),
-    [(SELF_SPARSE, SparseKV(budget=6, sink=1, recent=2)), (OWN, WINDOW), (HEAD, FullKV())],
-    ids=["self_sparse", "draft_model", "eagle3"],
+    [(SELF_SPARSE, SparseKV(budget=6, sink=1, recent=2)), (OWN, WINDOW), (HEAD, FullKV()), (BLOCK_HEAD, FullKV())],
+    ids=["self_sparse", "draft_model", "eagle3", "dflash"],
 )
 def test_greedy_output_is_plain_greedy_output_for_every_size(drafter, kv, execution, model, tmp_path):
     """A size in turn for one text each; ragged batches and the other policies are among the contracts of test_drafters.py."""
     if execution == "native":
         model = tiny_model(seed=5, sharpness=1.5, kernels=native_kernels(torch.float32), **NATIVE)
         model.beside["one layer", None] = tiny_model(seed=5, sharpness=1.5, num_layers=1, **NATIVE)
-        model = with_head(model, tmp_path / "head")
+        model = with_block_head(with_head(model, tmp_path / "head"), tmp_path / "block head")
     prompt = random_prompt(33, seed=2)
     plain = run(model, [prompt], new_tokens=24)[0]
     for size in SIZES:

@@ -171,15 +171,16 @@ def test_what_is_written_is_read_as_a_published_head(target, tmp_path):
 
 
 def test_texts_to_a_head_that_can_be_loaded(tmp_path):
-    model, dataset = write_model(tmp_path / "model", max_context_len=512), tmp_path / "words.txt"
+    model, dataset, other = write_model(tmp_path / "model", max_context_len=512), tmp_path / "words.txt", tmp_path / "others.txt"
     dataset.write_text(" ".join(f"{word} of {number}" for number, word in enumerate(["one", "two", "three"] * 60)))
+    other.write_text(" ".join(f"{number} is {word}" for number, word in enumerate(["four", "five"] * 90)))
     texts, out = tmp_path / "texts", tmp_path / "run"
     train_texts(
         str(model), [str(dataset)], texts, length=128, written=2, prompt_len=32, output_len=24, temperatures=[1.0], taps=[0, 1], dtype="float32"
     )
     settings = BlockSettings(block_size=BLOCK, anchors=8, span=32)
     training = TrainSettings(steps=2, accumulation=1, autocast=False, save_every=1)
-    options = {"held_out": [str(dataset)], "context_len": 128, "temperatures": [1.0], "budgets": [40], "look_every": 1}
+    options = {"held_out": [str(other)], "context_len": 128, "temperatures": [1.0], "budgets": [40], "look_every": 1}
     log = train_block_diffusion(str(model), texts, out, settings=settings, training=training, **options)
     assert [met.step for met in log] == [1, 2] and set(log[-1].acceptance) == set(log[-1].tokens) == {"1/40", "1/full"}
     assert all(0 <= share <= 1 for share in log[-1].acceptance.values()) and all(1 <= tokens <= BLOCK for tokens in log[-1].tokens.values())
