@@ -39,9 +39,8 @@ class BlockSettings(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 8
     anchors: int = 64  # of a step's text
     span: int = 512  # tokens of the stretch that they are drawn from
-    budgets: list[tuple[int | None, float]] = msgspec.field(
-        default_factory=lambda: [(None, 1.0)]
-    )  # contexts that a block sees, None: all, and how often
+    # Contexts that a block sees, and how often each number is drawn; None: all of them.
+    budgets: list[tuple[int | None, float]] = msgspec.field(default_factory=lambda: [(None, 1.0)])
     decay: float | None = None  # places; None: the paper's for this block_size
     variant: Variant = "kl"
     temperature: float = 1.0
