@@ -170,7 +170,7 @@ def test_greedy_output_is_plain_greedy_output_for_every_size(drafter, kv, execut
     if execution == "native":
         model = tiny_model(seed=5, sharpness=1.5, kernels=native_kernels(torch.float32), **NATIVE)
         model.beside["one layer", None] = tiny_model(seed=5, sharpness=1.5, num_layers=1, **NATIVE)
-        model = with_block_head(with_head(model, tmp_path / "head"), tmp_path / "block head")
+        model = with_block_head(with_head(model, tmp_path / "head"), tmp_path / "block head", model_type="llama")  # all of it compiled
     prompt = random_prompt(33, seed=2)
     plain = run(model, [prompt], new_tokens=24)[0]
     for size in SIZES:
