@@ -231,7 +231,7 @@ def _prepare(session: Session, prompt, settings: Settings) -> dict:
     model, grounds = session.model, {}
     for context_len in settings.contexts:
         tokens = prompt.tokens[:context_len]
-        cache = model.new_cache(context_len + rounds_room(max([settings.max_draft_len, *settings.tree_sizes])))
+        cache = model.new_cache(context_len + rounds_room(settings.max_draft_len, max(settings.tree_sizes, default=0)))
         logits = prefill(model, torch.tensor([tokens], device=model.device), cache)
         grounds[context_len] = Ground(tokens, cache, logits)
     return grounds

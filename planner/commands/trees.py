@@ -73,7 +73,7 @@ def parse_sizes(text: str) -> list[int]:
 
 
 def _fixed(text: str) -> FixedTree:
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) < 1:
         raise BadInput(f"--tree-size takes a number of nodes, {ADAPTIVE} or {BY_ROUND}, got {text[:80]!r}")
     return valid(FixedTree, size=int(text))
 

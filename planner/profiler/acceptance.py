@@ -80,8 +80,8 @@ def replay(model: Transformer, written: TargetText, config: DraftConfig, text_in
 
 def replay_trees(
     model: Transformer, written: TargetText, config: DraftConfig, draft_lens: Sequence[int], max_size: int, text_index: int
-) -> list[TreeSample]:  # fmt: skip
-    """Trees of one drafter along one text, for each number of levels up to that of the configuration: one drafter pass for all."""
+) -> list[TreeSample]:
+    """Trees of one drafter along one text, for each number of levels, from one pass; draft_len of the configuration is the largest."""
     found = make_drafter(config, model).replay_trees(written, draft_lens, max_size)
     return [TreeSample.of(text=text_index, drafter=config.drafter, kv=config.kv, sizes=trees.sizes, probs=trees.probs) for trees in found]
 

@@ -215,6 +215,6 @@ def _decode(
     )  # fmt: skip
 
 
-def rounds_room(verified: int) -> int:
-    """Tokens of cache behind the prompt that measuring a configuration takes, chain or tree (DraftConfig.verified)."""
-    return (WARMUP_ROUNDS + ROUNDS_PER_PASS + 2) * (verified + 1) + verified
+def rounds_room(draft_len: int, tree_size: int = 0) -> int:
+    """Tokens of cache behind the prompt that measuring configurations takes, chains and trees of at most so many levels and nodes."""
+    return (WARMUP_ROUNDS + ROUNDS_PER_PASS + 2) * (draft_len + 1) + max(draft_len, tree_size)

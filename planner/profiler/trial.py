@@ -36,7 +36,7 @@ def run_trials(
     warm: bool = True,
     counter: Counter | None = None,  # of energy
     prefilled: dict[str, "Ground"] | None = None,  # where groups stay for the next call with the same prompts, by the key of their first
-    longest: int | None = None,  # drafted tokens of a round, chain or tree, that a prefilled cache is to have room for; None: those of these arms
+    longest: int | None = None,  # drafted tokens of a round that a prefilled cache is to have room for; None: those of these arms
 ) -> Iterator[Trial]:
     """Decode every prompt with every arm, `batch` prompts side by side, one trial for each prompt and arm.
 

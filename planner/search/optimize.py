@@ -42,8 +42,8 @@ def make_plan(
     baseline = predict(models, PLAIN, workload, price_per_hour)
     if reason := refusal(models, baseline, workload, memory_cap_bytes):
         raise BadInput(f"plain decoding alone {reason}; raise --memory-cap, shorten the context or use a smaller model")
-    feasible, refused = [baseline], []
-    trees, unanswered = tree_candidates(models, workload)
+    feasible, refused, unanswered = [baseline], [], []
+    trees, treeless = tree_candidates(models, workload)
     for config in filter(allowed, [*candidates(models), *trees]):
         try:
             prediction = with_speedup(predict(models, config, workload, price_per_hour), baseline, objective)
@@ -56,7 +56,7 @@ def make_plan(
             feasible.append(prediction)
     if len(feasible) == 1 and unanswered and not refused:
         raise BadInput(unanswered[0].reason)  # not a single drafter was profiled for this workload
-    rejected = refused + unanswered
+    rejected = refused + unanswered + treeless
 
     feasible.sort(key=lambda prediction: objective_s(prediction, objective))
     chosen = feasible[0]

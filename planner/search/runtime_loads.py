@@ -45,6 +45,8 @@ class RuntimeLoads:
         self.notes = list(profile.warnings)
         if len(self._batches) > 1:
             self.notes.append(f"times are interpolated between the profiled batches {', '.join(map(str, self._batches))}")
+        if profile.trees:
+            self.notes.append("settings by load are chains; trees are weighed by a plan for one load (--max-concurrency N)")
         if drafters:
             self.notes.append("an idle drafter was not timed: it is taken to cost what off does, its memory aside")
 

@@ -14,6 +14,7 @@ from planner.schedules import LoadCurve, Schedule
 from planner.serving import OFF, ModelSize, ServedCell, ServingProfile, SystemSpec
 from planner.simulator.costs import Prefill
 from planner.simulator.texts import Acceptance
+from planner.specs import describe
 
 SHORT = 64  # tokens of a request that hardly reads a cache
 SIZELESS = ("self_sparse", "ngram", "suffix")  # drafters that load nothing and read no prompt of their own
@@ -199,12 +200,14 @@ class PlanSource:
         self.contexts = [plan.workload.context_len]
         self.max_batch = plan.workload.batch
         self._prompt = plan.workload.context_len
-        whole = plan.workload.context_len + plan.workload.output_len + max(self.max_draft_len.values()) + 1
+        whole = plan.workload.context_len + plan.workload.output_len + max(e.config.verified for e in self._estimates.values()) + 1
         self._held = self.max_batch * whole
         self.notes = [
             f"a round takes what the plan says of {self.max_batch} requests at a context of {self._prompt}, however many run and however long they are",
             f"memory holds {self.max_batch} requests of {whole} tokens; --kv-tokens sets another room",
         ]
+        if best and best.config.tree is not None:
+            self.notes.append(f"rounds of {describe(best.config)} take and write what the plan says, and stand under K={best.config.draft_len}")
 
     def rounds(self, drafter: str, draft_len: int, running: np.ndarray, held: np.ndarray) -> np.ndarray:
         return np.full(len(running), self._of(drafter, draft_len).round_s.value)
