@@ -60,7 +60,8 @@ def test_a_round_reads_from_the_device_once_and_a_tree_once_more_to_be_shaped(ru
     for name, run in runs[1]["decode"].items():
         first, *others = run["reads"]
         assert first == 1, name
-        assert set(others) == ({1} if "tree" not in name else {3} if "draft model" in name else {2}), name
+        assert min(others) == 1 or "tree" in name, name  # a round without room for a draft shapes nothing
+        assert max(others) == (1 if "tree" not in name else 3 if "draft model" in name else 2), name
 
 
 def test_nothing_is_computed_on_the_cpu_in_between(runs):
