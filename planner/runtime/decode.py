@@ -1,7 +1,7 @@
 """The draft-verify-accept loop, the only one. Without a drafter it is plain decoding.
 
 Greedy output equals plain greedy output, sampled output follows the target's distribution, whatever the drafter,
-its cache, draft_len and tree are. One read back to the host per round, and one more by a drafter that shapes a tree.
+its cache, draft_len and tree are. One read back to the host per round, beside those of a drafter that shapes a tree.
 """
 
 from collections.abc import Callable, Iterator, Sequence

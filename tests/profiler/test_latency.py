@@ -130,7 +130,7 @@ def test_passes_are_merged_batch_by_batch(model, grounds):
 
 def test_trees_of_every_size_are_cells_of_their_own(model):
     prompt = random_prompt(40)
-    ground = Ground(prompt, *prefilled(model, [prompt], 40 + rounds_room(20)))
+    ground = Ground(prompt, *prefilled(model, [prompt], 40 + rounds_room(3, 20)))
     trees = [DraftConfig(drafter=SELF_SPARSE, kv=WINDOW.kv, draft_len=3, tree=FixedTree(size=size)) for size in (1, 8, 20)]
     merged = merge_passes([measure_pass(model, {40: ground}, [WINDOW, *trees], WARM, seed=i)[0] for i in range(2)])
     assert [(s.draft_len, s.tree_size) for s in merged] == [(3, 0), (3, 1), (3, 8), (3, 20)]

@@ -11,7 +11,7 @@ from decoding import exact_pairs, joint_frequencies, p_value, run
 from made import made_profile
 from tiny import BLOCK_HEAD, HEAD, prefilled, random_prompt, tiny_model, with_block_head, with_head
 
-from planner.cost.memory import counted_bytes, features_bytes, full_cache_bytes
+from planner.cost.memory import counted_bytes, features_bytes, full_cache_bytes, logits_bytes
 from planner.measurements import DrafterModel
 from planner.runtime.drafters import drafting_model, make_drafter
 from planner.runtime.weights import dtype_name
@@ -155,11 +155,12 @@ def test_predicted_bytes_are_those_that_the_drafter_holds(model, config, batch):
     profile = made_profile(target=model.spec, weights_bytes=model.nbytes, drafter_models=models)
     workload = Workload(context_len=length, output_len=NEW_TOKENS, sampler=GREEDY, batch=batch)
     without = DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=config.verified)
-    transient = 0
+    # drafts are counted among what a round computes, for a chain as many as are verified, for a tree its levels
+    transient = logits_bytes(model.spec, config.draft_len, config.verified, batch) - logits_bytes(model.spec, config.verified, batch=batch)
     if drafter in (HEAD, BLOCK_HEAD):  # what the target's cache keeps for it
-        transient = features_bytes(model.spec, "float32", len(models[0].taps), capacity=length + NEW_TOKENS + config.verified, batch=batch)
+        transient += features_bytes(model.spec, "float32", len(models[0].taps), capacity=length + NEW_TOKENS + config.verified, batch=batch)
     if drafter.kind == "draft_model" and isinstance(config.kv, SparseKV) and config.kv.storage == "evict":
-        transient = full_cache_bytes(models[0].spec, models[0].dtype, capacity=length)  # a prompt's keys until they are chosen from
+        transient += full_cache_bytes(models[0].spec, models[0].dtype, capacity=length)  # a prompt's keys until they are chosen from
     assert counted_bytes(profile, config, workload) - counted_bytes(profile, without, workload) - transient == made.nbytes
 
 

