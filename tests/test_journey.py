@@ -19,7 +19,7 @@ from planner.plans import load_plan
 from planner.profiler.acceptance import write_texts
 from planner.profiler.texts import Prompt
 from planner.runtime.decode import cache_capacity, decode
-from planner.runtime.drafters import make_drafter
+from planner.runtime.drafters import make_drafter, self_sparse
 from planner.runtime.drafters.self_sparse import SelfSparseDrafter
 from planner.runtime.kv_cache import SparseKVCache
 from planner.specs import NO_DRAFTER, DraftConfig, DrafterSpec, FullKV, SparseKV, Workload
@@ -117,16 +117,14 @@ def test_a_replayed_round_sees_as_many_committed_keys_as_the_budget_says(model, 
     cache, logits = prefilled(model, [random_prompt(CONTEXT)], cache_capacity(CONTEXT, OUTPUT, 0))
     prompt = Prompt("prose", "made.txt", 0, CONTEXT, random_prompt(CONTEXT))
     [written] = write_texts(model, cache, [prompt], CONTEXT, logits, GREEDY, output_len=OUTPUT, stop_tokens=(), seeds=[0])
-    seen, real = [], SelfSparseDrafter._rounds
+    seen, real = [], self_sparse.additive_mask
 
-    def spy(self, target_cache, fixed, positions, K):
-        replay_cache, mask = real(self, target_cache, fixed, positions, K)
-        visible = mask[0, 0] == 0  # [rounds * K, committed + rounds * K]
-        committed = replay_cache.lengths[0]
-        seen.append((visible[:, :committed].sum(1), visible[:, committed:].sum(1)))
-        return replay_cache, mask
+    def spy(visible, dtype):
+        num_rows = len(visible)  # [rounds * K, committed + rounds * K]
+        seen.append((visible[:, :-num_rows].sum(1), visible[:, -num_rows:].sum(1)))
+        return real(visible, dtype)
 
-    monkeypatch.setattr(SelfSparseDrafter, "_rounds", spy)
+    monkeypatch.setattr(self_sparse, "additive_mask", spy)
     drafter = SelfSparseDrafter(model, policy, draft_len=DRAFT_LEN, batch=1)
     drafter.replay(written.target_text, DRAFT_LEN)
     committed, own = (torch.cat(rows) for rows in zip(*seen, strict=True))
