@@ -40,7 +40,10 @@ def files(*names: str) -> tuple[str, ...]:
 
 
 RULES = {
-    **{f"{name} never imports torch": Rule(package(name), TORCH) for name in ("cost", "search", "simulator", "exporters", "importers", "engines", "trained")},
+    **{
+        f"{name} never imports torch": Rule(package(name), TORCH)
+        for name in ("cost", "search", "simulator", "exporters", "importers", "engines", "trained")
+    },
     "top-level modules import without torch": Rule(
         files(
             "__init__",

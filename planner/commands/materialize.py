@@ -66,7 +66,9 @@ def _opened(folder: Path) -> Path:
     try:
         folder.mkdir(exist_ok=True)
         if any(folder.iterdir()) and not _ours(folder / CONFIG):
-            raise BadInput(f"{folder} holds other files, and no drafter that `planner train materialize` has written; give an empty folder with --out")
+            raise BadInput(
+                f"{folder} holds other files, and no drafter that `planner train materialize` has written; give an empty folder with --out"
+            )
         if not os.access(folder, os.W_OK):
             raise BadInput(f"cannot write into {folder}; change --out")
     except OSError as error:

@@ -145,7 +145,9 @@ class TaughtTexts:
         if settings.target != target.fingerprint:
             raise BadInput(f"{folder} was written by another target ({settings.target}), this one is {target.fingerprint}; write texts with this one")
         if not 0 <= settings.written <= count or not all(0 <= begin < self.length(index) - 1 for index, begin in enumerate(self.manifest.begins)):
-            raise BadInput(f"{self.folder / MANIFEST} is not a list of texts: positions lie outside of them; make the folder with `planner train texts`")
+            raise BadInput(
+                f"{self.folder / MANIFEST} is not a list of texts: positions lie outside of them; make the folder with `planner train texts`"
+            )
         missing = [index for index in range(count) if not text_file(self.folder, index).is_file()]
         if missing or not count:
             raise BadInput(f"{folder} must hold all of its {count} texts, {len(missing)} are missing; go on with `planner train texts`")

@@ -43,7 +43,16 @@ class Stopping:
 def test_a_folder_that_was_begun_is_gone_on_with_and_ends_as_if_nobody_had_stopped(tmp_path):
     folder = write_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 23) for i in range(700)))
-    asked = {"length": 130, "written": 5, "prompt_len": 40, "output_len": 12, "temperatures": [0.0, 1.0], "top": 4, "dtype": "float32", "device": "cpu"}
+    asked = {
+        "length": 130,
+        "written": 5,
+        "prompt_len": 40,
+        "output_len": 12,
+        "temperatures": [0.0, 1.0],
+        "top": 4,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     count = train_texts(str(folder), [str(tmp_path / "text.txt")], tmp_path / "whole", **asked)
     assert count == 5 + 5
     for stop in (2, 3, 2, 1):  # within the stretches, between them and what is written, within a group
