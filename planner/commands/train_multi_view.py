@@ -104,7 +104,9 @@ def _log(path: Path) -> list[Met]:
         raise BadInput(f"{path} is not the log of a training: {error}; delete it") from None
 
 
-def _held_out(session: Session, files: list[str], trained_on: list[str], context_len: int, temperatures: list[float]) -> list["TargetText"]:  # noqa: F821
+def _held_out(
+    session: Session, files: list[str], trained_on: list[str], context_len: int, temperatures: list[float]
+) -> list["TargetText"]:  # noqa: F821
     """Texts that the target writes behind prompts nobody trains on. trained_on  files, as prompts name their sources"""
     import torch
 
@@ -115,9 +117,7 @@ def _held_out(session: Session, files: list[str], trained_on: list[str], context
 
     model, longest = session.model, session.model.spec.max_context_len - HELD_OUT_TOKENS
     if context_len > longest:
-        raise BadInput(
-            f"a held-out prompt has at most {longest} tokens, {HELD_OUT_TOKENS} are written behind it, got {context_len}; lower --held-out-isl"
-        )
+        raise BadInput(f"a held-out prompt has at most {longest} tokens, {HELD_OUT_TOKENS} are written behind it, got {context_len}; lower --held-out-isl")
     prompts = draw_prompts(
         session.tokenizer, expand(list(files)), length=context_len, count=HELD_OUT_TEXTS, seed=0, remedy="lower --held-out-isl"
     )  # fmt: skip
