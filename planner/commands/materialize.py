@@ -27,7 +27,7 @@ def materialize(drafter: str, out: str | Path, *, model: str = "smollm2", gguf: 
 
     from planner.runtime import folder_files, gguf_drafter, own_layers
     from planner.runtime.tokenizer import load_tokenizer
-    from planner.runtime.weights import load_checkpoint, read_spec
+    from planner.runtime.weights import finite, load_checkpoint, read_spec
 
     file, cpu = own_layers_path(drafter), torch.device("cpu")
     header = read_header(file)
@@ -49,7 +49,9 @@ def materialize(drafter: str, out: str | Path, *, model: str = "smollm2", gguf: 
     folder = _opened(Path(out))
     files = {CONFIG: msgspec.json.format(msgspec.json.encode(config))}
     files |= folder_files.tokenizer_files(target, tokenizer, header.spec.max_context_len)
-    files[WEIGHTS] = save({name: tensor.to(torch_dtype).contiguous() for name, tensor in (shared | own).items()}, {"format": "pt"})
+    files[WEIGHTS] = save(
+        {name: finite(file, name, tensor.to(torch_dtype)).contiguous() for name, tensor in (shared | own).items()}, {"format": "pt"}
+    )
     for name in {*folder_files.TOKENIZER_FILES} - {*files}:
         (folder / name).unlink(missing_ok=True)  # of another target
     for name, content in files.items():

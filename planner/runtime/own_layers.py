@@ -30,18 +30,21 @@ REMEDY = "make the file with `planner train`"
 
 def save_own_layers(path: str | Path, spec: ModelSpec, layers: list[int], tensors: dict[str, Tensor], card: dict) -> None:
     """tensors  by Hugging Face names, in floats"""
-    header = Header(format=FORMAT, spec=spec, layers=layers, card={name: msgspec.Raw(msgspec.json.encode(value)) for name, value in card.items()})
+    header = Header(format=FORMAT, spec=spec, layers=layers, card=card)
     write_whole(path, save(packed(tensors), {"header": msgspec.json.encode(header).decode()}))
 
 
-def load_own_layers(path: Path, target: Transformer, dtype: torch.dtype, kernels: Kernels) -> Transformer:
-    """The drafter, its embedding and head shared with this target where it has the target's dtype. BadInput says what does not fit."""
+def load_own_layers(path: Path, target: Transformer, dtype: torch.dtype, kernels: Kernels | None = None) -> Transformer:
+    """The drafter, its embedding and head shared with this target where it has the target's dtype. BadInput says what does not fit.
+
+    kernels  None: the target's, which are compiled for its dtype
+    """
     header = read_header(path)
     check_target(path, header, target.spec)
     tensors = own_tensors(path, header, dtype, target.device) | {"model.embed_tokens.weight": target.embedding.to(dtype)}
     if not header.spec.tie_embeddings:
         tensors["lm_head.weight"] = target.head.restored(dtype)
-    drafter = build_model(Checkpoint(header.spec, tensors, own_fingerprint(path, header)), kernels, target.special_tokens)
+    drafter = build_model(Checkpoint(header.spec, tensors, own_fingerprint(path, header)), kernels or target.kernels, target.special_tokens)
     if dtype == target.dtype:
         drafter.head = target.head  # in as many bits as the target's
     return drafter

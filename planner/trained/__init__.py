@@ -4,6 +4,7 @@ Such a file holds a drafter's own layers alone (runtime/own_layers.py reads them
 """
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,7 +24,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     format: str
     spec: ModelSpec  # of the drafter
     layers: list[int]  # of the target, that they were cut from
-    card: dict[str, msgspec.Raw] = {}  # how it was trained
+    card: dict[str, Any] = {}  # how it was trained
 
 
 class _Metadata(msgspec.Struct):
