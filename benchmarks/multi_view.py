@@ -168,7 +168,8 @@ def _configs(drafters: list[str]) -> dict[str, DraftConfig]:
 
 
 def _untrained(model: Transformer, layers: list[int]) -> Transformer:
-    own = {name: tensor.to(model.dtype) for name, tensor in own_weights(drafter := cut(model, layers)).items()}
+    drafter = cut(model, layers)
+    own = {name: tensor.to(model.dtype) for name, tensor in own_weights(drafter).items()}
     return build_model(Checkpoint(drafter.spec, own | {"model.embed_tokens.weight": model.embedding}, "untrained"), model.kernels)
 
 
