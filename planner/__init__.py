@@ -1,7 +1,7 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
 The verbs are functions: profile, plan, schedule (a plan by load), estimate, estimate_served, capacity, check, canary, drift, tune,
-sweep, simulate, replay, generate, export, import_bench, audit, and load_profile, load_plan for their files.
+sweep, simulate, replay, generate, export, import_bench, audit, show, and load_profile, load_plan for their files.
 """
 
 from importlib import import_module
@@ -26,6 +26,8 @@ _WHERE = {
     "generate": "planner.commands.generate",
     "export": "planner.commands.export",
     "AskedExport": "planner.commands.flags",
+    "show": "planner.commands.show",
+    "load_document": "planner.documents",
     "tune": "planner.commands.tune",
     "AskedTune": "planner.commands.flags",
     "import_bench": "planner.commands.import_bench",

@@ -32,6 +32,7 @@ for _command in (
     "simulate",
     "replay",
     "generate",
+    "show",
     "import_",
     "quickstart",
 ):  # as --help lists them
