@@ -40,7 +40,6 @@ class Series(NamedTuple):
     step: bool = False  # a value holds from its x to the next
     color: str = ""  # of PALETTE; default: the next one. Series of one name share it
     hollow: bool = False
-    fill: bool = False  # the area below
 
 
 class Rule(NamedTuple):
@@ -190,32 +189,19 @@ def _axes(x_label: str, y_label: str, height: float = HEIGHT) -> tuple:
 def _draw(axes, one: Series, color: str, marker: str, label: str) -> None:
     x = [at for at, _ in one.points]
     y = [_value(value) for _, value in one.points]
-    wide = [value for _, value in one.points if isinstance(value, Interval) and value.low < value.high]
-    drawstyle = "steps-post" if one.step else "default"
-    if wide and one.line and not one.marker:
-        low, high = ([bound(value) if isinstance(value, Interval) else value for _, value in one.points] for bound in (_low, _high))
+    low, high = ([getattr(value, bound) if isinstance(value, Interval) else value for _, value in one.points] for bound in ("low", "high"))
+    if low != high and one.line and not one.marker:
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0, step="post" if one.step else None)
-    elif wide:
-        low, high = ([getattr(value, bound) if isinstance(value, Interval) else value for _, value in one.points] for bound in ("low", "high"))
+    elif low != high:
         axes.vlines(x, low, high, color=color, linewidth=1.4, alpha=0.75, zorder=2.5)
-    if one.fill:
-        axes.fill_between(x, y, color=color, alpha=0.12, linewidth=0, step="post" if one.step else None)
     axes.plot(
         x, y, color=color, linewidth=2, linestyle="-" if one.line else "none", marker=marker if one.marker else None, markersize=6,
-        markerfacecolor=PALETTE["card"] if one.hollow else color, markeredgecolor=color, markeredgewidth=1.6, drawstyle=drawstyle, label=label or "_", zorder=3,
+        markerfacecolor=PALETTE["card"] if one.hollow else color, markeredgecolor=color, markeredgewidth=1.6, drawstyle="steps-post" if one.step else "default", label=label or "_", zorder=3,
     )  # fmt: skip
 
 
 def _value(value: float | Interval) -> float:
     return value.value if isinstance(value, Interval) else value
-
-
-def _low(value: Interval) -> float:
-    return value.low
-
-
-def _high(value: Interval) -> float:
-    return value.high
 
 
 def _log(axis, which: str, values: list[float]) -> None:

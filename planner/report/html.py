@@ -23,6 +23,7 @@ Number = float | int | Interval | None
 VOID = ("meta", "input")
 ASSUMED = ("Note", "Assumed", "Unchecked", "Cut", "Warning")  # labels of a report's lines that say what is not known
 MAX_TITLE = 120  # characters of a browser's tab
+LONG_WORD = 24  # characters of a word from which it may break anywhere, so that no name widens a table
 FORMULA = ("=", "+", "-", "@")  # a spreadsheet would compute a text that begins so
 
 
@@ -118,7 +119,7 @@ def render(page: Page) -> bytes:
     sections = [_answer(page)]
     if page.figures:
         sections.append(_section("figures", "Figures", element("div", *map(_figure, page.figures), class_="figures")))
-    sections.append(_section("report", "Report", *_report(page.blocks)))
+    sections.append(_section("report", "Report", *_report([block for block in page.blocks if block != Pasted(page.answer.paste)])))
     if page.assumed:
         items = [element("li", text) for text in page.assumed]
         sections.append(_section("assumed", "Assumed and extrapolated", element("ul", *items)))
@@ -265,10 +266,10 @@ def _table(
     )
     body = []
     for row, mark in zip(rows, strong, strict=True):
-        cells = [
-            element("th" if i == 0 else "td", text, class_="right" if right[i] else "", **({"scope": "row"} if i == 0 else {}))
-            for i, text in enumerate(row)
-        ]
+        cells = []
+        for i, text in enumerate(row):
+            kind = "right" if right[i] else "long" if any(len(word) > LONG_WORD for word in text.split()) else ""
+            cells.append(element("td" if i else "th", text, class_=kind, scope="" if i else "row"))
         body.append(element("tr", *cells, class_="strong" if mark else ""))
     button = element("button", "Copy as CSV", type="button", data_copy=content, aria_label=f"Copy the table as CSV: {caption}")
     table = element("table", element("caption", caption), element("thead", head), element("tbody", *body))

@@ -167,9 +167,9 @@ def _steps(schedule: Schedule, rows: Sequence[ScheduleRow], where: str) -> Figur
     series = []
     for drafter in dict.fromkeys(row.drafter for row in rows):
         own = [row for row in rows if row.drafter == drafter]
-        for i, run in enumerate(_neighbours(own)):
+        for run in _neighbours(own):
             points = [(row.concurrency_from, row.draft_len) for row in run] + [(run[-1].concurrency_to, run[-1].draft_len)]
-            series.append(Series("off" if drafter == OFF else clean(drafter), "K", points, step=True, marker=False, fill=i >= 0))
+            series.append(Series("off" if drafter == OFF else clean(drafter), "K", points, step=True, marker=False))
     spans = [Span(flip.lowest, flip.highest) for flip in flips if flip.lowest < flip.highest]
     text = "K to run by load." + (" Grey: the change may lie anywhere there, the two settings cannot be told apart." if spans else "")
     table = [
@@ -211,7 +211,7 @@ def _speedups(curves: Sequence[LoadCurve], compared: Sequence[Compared], where: 
             series.append(Series(clean(describe_setting(curve.setting)), "predicted speedup by TPOT x", points, marker=len(points) < 12))
     text = "Predicted: time per token of off over the setting's own, one line for each K; 1 is off."
     chosen = {describe_setting(row.setting) for row in schedule.schedule}
-    shown = sorted(series, key=lambda one: one.name not in chosen)[:MAX_LINES]
+    shown = sorted(series, key=lambda one: (one.name not in chosen, one.name.endswith(" idle")))[:MAX_LINES]
     shown = [one for one in series if one in shown]
     if len(series) > len(shown):
         text += f" {len(shown)} of {len(series)} settings are drawn, the chosen ones among them; the table has all."

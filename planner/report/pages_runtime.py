@@ -41,7 +41,7 @@ def of_profile(shown: Shown, profile: Profile) -> tuple[Answer, list[Figure]]:
     facts = [
         Fact(
             f"{plan.workload.context_len} tokens, {describe_sampler(plan.workload.sampler)}",
-            f"{format_interval(plan.speedup, decimals=2)} ×" if plan.chosen.draft_len else "off",
+            f"{format_interval(plan.speedup, decimals=2)}" if plan.chosen.draft_len else "off",
             f"{describe(plan.chosen)}; {_if_wrong(plan)[0]} if it is wrong",
         )
         for plan in shown.plans
@@ -61,7 +61,7 @@ def of_plan(shown: Shown, plan: Plan) -> tuple[Answer, list[Figure]]:
     facts = []
     if speculates:
         facts.append(
-            Fact("Expected speedup", f"{format_interval(plan.speedup, decimals=2)} ×", f"{OBJECTIVES[plan.objective]} over plain decoding, predicted")
+            Fact("Expected speedup", f"{format_interval(plan.speedup, decimals=2)}", f"times {way} as plain decoding, by {OBJECTIVES[plan.objective]}, predicted")
         )
     chosen, plain = (format_interval(estimate.tpot_s, 1e3) for estimate in (plan.estimate, plan.baseline))
     facts += [
@@ -99,8 +99,8 @@ def of_check(check: Check) -> tuple[Answer, list[Figure]]:
         measured = Interval(value=1 + gain.value, low=1 + gain.low, high=1 + gain.high)
         name = OBJECTIVES[check.objective]
         facts = [
-            Fact("Measured speedup", f"{format_interval(measured, decimals=2)} ×", f"{name} over plain decoding, on the same texts"),
-            Fact("Predicted speedup", f"{format_interval(chosen.predicted.speedup, decimals=2)} ×", f"{name} over plain decoding"),
+            Fact("Measured speedup", f"{format_interval(measured, decimals=2)}", f"times as fast as plain decoding, by {name}, on the same texts"),
+            Fact("Predicted speedup", f"{format_interval(chosen.predicted.speedup, decimals=2)}", f"times as fast as plain decoding, by {name}"),
         ]
     facts += [
         Fact("Regret", f"{format_percent(check.regret)} %", f"against the best measured, {describe(check.best)}"),
@@ -121,7 +121,7 @@ def of_sweep(sweep: Sweep) -> tuple[Answer, list[Figure]]:
         else f"{describe(sweep.best)} was the best of those run, {_times(best.speedup)} as fast as plain decoding"
     )
     facts = [
-        Fact("Measured speedup", f"{format_interval(best.speedup, decimals=2)} ×", "time per token over plain decoding, on the same texts"),
+        Fact("Measured speedup", f"{format_interval(best.speedup, decimals=2)}", "times as fast as plain decoding, by time per token, on the same texts"),
         Fact("Time per token", f"{format_interval(best.measured_tpot_s, 1e3)} ms", describe(sweep.best)),
         Fact("Run", f"{len(sweep.cells)} configurations", f"in {sweep.minutes:.1f} minutes"),
     ]
