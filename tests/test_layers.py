@@ -57,6 +57,7 @@ RULES = {
             "drifts",
             "canaries",
             "tunings",
+            "documents",
             "engine_rules",
             "systems",
         ),
