@@ -100,14 +100,14 @@ class SpeedupMap(NamedTuple):
 
 
 class RoundCurve(NamedTuple):
-    """Rounds of one drafter and policy by draft_len, seconds."""
+    """Rounds of one drafter and policy by how much is drafted in them, seconds."""
 
     drafter: DrafterSpec
     kv: KVPolicy
     context_len: int
     batch: int
-    predicted: list[tuple[int, Interval]]  # draft_len, round time; the interval of a cell not measured
-    measured: list[tuple[int, float]]  # draft_len, median
+    predicted: list[tuple[int, Interval]]  # tokens drafted, round time; the interval of a cell not measured
+    measured: list[tuple[int, float]]  # tokens drafted, median
 
 
 class AcceptanceCurve(NamedTuple):

@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,11 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--force-color-profile=srgb", "--hide-scrollbars", "--remote-debugging-pipe",
 )  # fmt: skip
 TIMEOUT_S = 60
+ON_THREE_AND_FOUR = """import os, sys
+one, other = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2]))  # above 4, in whatever order they came
+os.dup2(one, 3)
+os.dup2(other, 4)
+os.execv(sys.argv[3], sys.argv[3:])"""  # where Chromium looks for its pipe
 
 
 def find_browser() -> str | None:
@@ -106,14 +112,10 @@ def open_tab(folder: Path) -> Iterator[Tab]:
     theirs_in, to_browser = os.pipe()
     from_browser, theirs_out = os.pipe()
 
-    def on_three_and_four() -> None:
-        first, second = os.dup(theirs_in), os.dup(theirs_out)  # above 4, in whatever order they came
-        os.dup2(first, 3)
-        os.dup2(second, 4)
-
-    command = [find_browser(), *FLAGS, f"--user-data-dir={folder}", "about:blank"]
+    browser = [find_browser(), *FLAGS, f"--user-data-dir={folder}", "about:blank"]
+    command = [sys.executable, "-c", ON_THREE_AND_FOUR, str(theirs_in), str(theirs_out), *browser]
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=False, preexec_fn=on_three_and_four
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(theirs_in, theirs_out)
     )
     os.close(theirs_in)
     os.close(theirs_out)

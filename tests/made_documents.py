@@ -58,7 +58,13 @@ def write_documents(folder: Path) -> dict[str, Path]:
     shape = "num_layers=32,num_kv_heads=8,head_dim=128,weights_gib=15"
     write("capacity", planner.capacity(shape, system="h100_sxm", context_len=4000, output_len=256, draft_models=[f"{DRAFTER}={shape}"]))
     write("audit", planner.audit(HERE / "published" / "budgetdraft.csv"))
-    for kind, document in (("tuning", _tuning()), ("simulation", _simulation()), ("replay", _replay(profile)), ("drift", _drift()), ("canary", _canary())):
+    for kind, document in (
+        ("tuning", _tuning()),
+        ("simulation", _simulation()),
+        ("replay", _replay(profile)),
+        ("drift", _drift()),
+        ("canary", _canary()),
+    ):
         write(kind, document)
     return paths
 
@@ -114,7 +120,9 @@ def _tuning() -> Tuning:
                     measured_tpot_s=about(0.0123), measured_output_tokens_per_s=about(345.0), gain=gain)
         for role, setting, predicted, gain in (("chosen", K3, 0.011, None), ("off", OFF, 0.02, about(0.8)))
     ]  # fmt: skip
-    runs = [Run(launch=0, setting=setting, concurrency=c, answers=[ANSWER], prompts=[0], wall_s=2.0, sent=1) for setting in (OFF, K3) for c in (1, 4, 16)]
+    runs = [
+        Run(launch=0, setting=setting, concurrency=c, answers=[ANSWER], prompts=[0], wall_s=2.0, sent=1) for setting in (OFF, K3) for c in (1, 4, 16)
+    ]
     return Tuning(
         planner_version="0", engine="vllm", engine_version="0.33.0", method=DRAFTER, draft_model=NAME, model=NAME, system=NAME, objective="tpot",
         context_len=50, output_len=100, temperature=0.0, seed=1, minutes=8.3, requests=812, launches=[Launch(drafter=DRAFTER, ready_s=40.0)], runs=runs,
@@ -139,7 +147,16 @@ def _simulation() -> Simulation:
         )  # fmt: skip
 
     change = Change(ttft=about(0.05), tpot=about(-0.25), e2e=about(-0.2), goodput=[about(0.3)])
-    load = Load(source=NAME, requests=100, duration_s=50.0, requests_per_s=2.0, input_len_mean=1000.0, input_len_max=4000, output_len_mean=120.0, output_len_max=400)
+    load = Load(
+        source=NAME,
+        requests=100,
+        duration_s=50.0,
+        requests_per_s=2.0,
+        input_len_mean=1000.0,
+        input_len_max=4000,
+        output_len_mean=120.0,
+        output_len_max=400,
+    )
     server = Server(model=NAME, system=NAME, replicas=2, router="least_loaded", tensor_parallel=1, max_num_seqs=64, max_num_batched_tokens=2048,
                     block_tokens=16, prefix_caching=True)  # fmt: skip
     return Simulation(planner_version="0", sha256="ab" * 32, source=NAME, seed=1, limits=limits, load=load, server=server, seconds=2.0,
@@ -148,7 +165,15 @@ def _simulation() -> Simulation:
 
 def _replay(profile) -> ServedReplay:
     lengths = [Length(draft_len=k, tokens_per_round=about(1 + 0.6 * k), acceptance_rate=about(0.6), cost=about(1 / (1 + 0.3 * k))) for k in (1, 2, 3)]
-    headroom = Headroom(draft_len=3, fixed=about(0.53), rule=NAME, adaptive=about(0.5), adaptive_over_fixed=about(-0.06), oracle=about(0.4), oracle_over_fixed=about(-0.25))
+    headroom = Headroom(
+        draft_len=3,
+        fixed=about(0.53),
+        rule=NAME,
+        adaptive=about(0.5),
+        adaptive_over_fixed=about(-0.06),
+        oracle=about(0.4),
+        oracle_over_fixed=about(-0.25),
+    )
     drafter = ServedDrafter(drafter=NGRAM, kv=FullKV(), lengths=lengths, headroom=headroom)
     group = ServedGroup(samplers=[Sampler()], num_texts=4, num_tokens=200, impossible=1, plain_cost=1.0, drafters=[drafter], best=0)
     return ServedReplay(

@@ -10,10 +10,10 @@ import numpy as np
 from planner.commands.import_bench import summarise
 from planner.documents import AcceptanceCurve, Document, RoundCurve, Shown, SpeedupMap, kind_of, load_document
 from planner.errors import BadInput
-from planner.measurements import Profile, fingerprint, load_profile
+from planner.measurements import Profile, RoundSample, fingerprint, load_profile
 from planner.plans import Check, Interval, Plan, Sweep
 from planner.serving import ServingProfile, Summary
-from planner.specs import NO_DRAFTER, DraftConfig, SparseKV, Workload
+from planner.specs import DraftConfig, SparseKV, Workload
 
 Z90 = 1.645  # of a normal's central 90 %
 
@@ -140,11 +140,17 @@ def _rounds(models) -> list[RoundCurve]:
             seconds, error = latency.round_s(config, context_len, position, batch), latency.error(batch)  # [1 + J, longest + 1]
         except BadInput:
             continue  # a batch at which plain decoding failed
-        lengths = range(1, longest + 1) if drafter != NO_DRAFTER else range(1)
+        measured = [point for sample in samples for point in _by_drafted(sample)]
+        lengths = range(min(k for k, _ in measured), longest + 1)
         predicted = [(k, _with_width(seconds[0, k], seconds[1:, k], error)) for k in lengths]
-        measured = sorted((sample.draft_len, float(np.median(sample.round_s))) for sample in samples)
-        curves.append(RoundCurve(drafter, kv, context_len, batch, predicted, measured))
+        curves.append(RoundCurve(drafter, kv, context_len, batch, predicted, sorted(measured)))
     return curves
+
+
+def _by_drafted(sample: RoundSample) -> list[tuple[int, float]]:
+    """Median round by how much was drafted in it: a drafter may find less than its draft_len."""
+    drafted = np.array(sample.drafted)
+    return [(int(k), float(np.median(sample.round_s[drafted == k]))) for k in np.unique(drafted)]
 
 
 def _with_width(value: float, left_out: np.ndarray, error: float) -> Interval:

@@ -21,7 +21,8 @@ from planner.report.layout import clean
 
 WIDTH, HEIGHT = 480, 300  # CSS pixels; text of 12 of them stays legible at two thirds of the size, on a telephone
 FONT = 12
-LEGEND_CHARS = 62  # of a legend's line
+LEGEND_CHARS = 70  # of a legend's line
+LEGEND_LINE = 17  # its height; a drawing with more than two grows
 MAX_NAME = 40  # characters of a name in a drawing; the tables have all of it
 MAX_LINES = 8  # colours that are told apart
 SERIES = [f"s{i + 1}" for i in range(MAX_LINES)]
@@ -96,10 +97,8 @@ def chart(
             colors[one.name] = (PALETTE[one.color] if one.color else PALETTE[color], marker)
     for span in spans:
         axes.axvspan(span.low, span.high, facecolor=PALETTE["muted"], alpha=0.16, linewidth=0)
-    shown = set()
     for one in series:
-        _draw(axes, one, *colors[one.name], "" if one.name in shown else _name(one.name))
-        shown.add(one.name)
+        _draw(axes, one, *colors[one.name])
     for rule in rules:
         color = PALETTE[rule.color]
         line = axes.axvline if rule.upright else axes.axhline
@@ -186,7 +185,7 @@ def _axes(x_label: str, y_label: str, height: float = HEIGHT) -> tuple:
     return figure, axes
 
 
-def _draw(axes, one: Series, color: str, marker: str, label: str) -> None:
+def _draw(axes, one: Series, color: str, marker: str) -> None:
     x = [at for at, _ in one.points]
     y = [_value(value) for _, value in one.points]
     low, high = ([getattr(value, bound) if isinstance(value, Interval) else value for _, value in one.points] for bound in ("low", "high"))
@@ -196,7 +195,7 @@ def _draw(axes, one: Series, color: str, marker: str, label: str) -> None:
         axes.vlines(x, low, high, color=color, linewidth=1.4, alpha=0.75, zorder=2.5)
     axes.plot(
         x, y, color=color, linewidth=2, linestyle="-" if one.line else "none", marker=marker if one.marker else None, markersize=6,
-        markerfacecolor=PALETTE["card"] if one.hollow else color, markeredgecolor=color, markeredgewidth=1.6, drawstyle="steps-post" if one.step else "default", label=label or "_", zorder=3,
+        markerfacecolor=PALETTE["card"] if one.hollow else color, markeredgecolor=color, markeredgewidth=1.6, drawstyle="steps-post" if one.step else "default", label=_name(one.name), zorder=3,
     )  # fmt: skip
 
 
@@ -223,12 +222,27 @@ def _log(axis, which: str, values: list[float]) -> None:
 
 
 def _legend(figure, axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    longest = max(map(len, labels)) + 5
-    columns = max(1, min(len(labels), 4, LEGEND_CHARS // longest))
+    """Above the drawing, which grows with it; a name that has points and a line shows both."""
+    from matplotlib.lines import Line2D
+
+    handles: dict[str, Line2D] = {}
+    for one, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        if label not in handles:
+            handles[label] = Line2D([], [])
+            handles[label].update_from(one)
+        if one.get_marker() not in (None, "", "None"):
+            handles[label].set(
+                marker=one.get_marker(), markersize=6, markerfacecolor=one.get_markerfacecolor(), markeredgecolor=one.get_markeredgecolor()
+            )
+        if one.get_linestyle() not in ("None", ""):
+            handles[label].set_linestyle(one.get_linestyle())
+    longest = max(map(len, handles)) + 5
+    columns = max(1, min(len(handles), 4, LEGEND_CHARS // longest))
+    lines = math.ceil(len(handles) / columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE / 72 * max(0, lines - 2))
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=columns, frameon=False, labelcolor=PALETTE["ink"], handlelength=1.6, columnspacing=1.4, borderpad=0,
-        labelspacing=0.3, handletextpad=0.5,
+        list(handles.values()), list(handles), loc="outside upper left", ncols=columns, frameon=False, labelcolor=PALETTE["ink"], handlelength=1.6,
+        columnspacing=1.4, borderpad=0, labelspacing=0.3, handletextpad=0.5,
     )  # fmt: skip
 
 

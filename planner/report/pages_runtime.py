@@ -46,9 +46,9 @@ def of_profile(shown: Shown, profile: Profile) -> tuple[Answer, list[Figure]]:
         )
         for plan in shown.plans
     ]
-    figures = [*_acceptance(shown.acceptance), *_rounds(shown.rounds)]
-    order = sorted(shown.maps, key=lambda one: one.workload.context_len != (best.workload.context_len if best else 0))
-    figures += [_map(one, folded=i > 0) for i, one in enumerate(order)]
+    order = sorted(shown.maps, key=lambda one: best is None or one.workload != best.workload)
+    maps = [_map(one, folded=i > 0) for i, one in enumerate(order)]
+    figures = [*maps[:1], *_acceptance(shown.acceptance), *_rounds(shown.rounds), *maps[1:]]
     return Answer(headline, facts), [figure for figure in figures if figure]
 
 
@@ -61,7 +61,11 @@ def of_plan(shown: Shown, plan: Plan) -> tuple[Answer, list[Figure]]:
     facts = []
     if speculates:
         facts.append(
-            Fact("Expected speedup", f"{format_interval(plan.speedup, decimals=2)}", f"times {way} as plain decoding, by {OBJECTIVES[plan.objective]}, predicted")
+            Fact(
+                "Expected speedup",
+                f"{format_interval(plan.speedup, decimals=2)}",
+                f"times {way} as plain decoding, by {OBJECTIVES[plan.objective]}, predicted",
+            )
         )
     chosen, plain = (format_interval(estimate.tpot_s, 1e3) for estimate in (plan.estimate, plan.baseline))
     facts += [
@@ -121,7 +125,11 @@ def of_sweep(sweep: Sweep) -> tuple[Answer, list[Figure]]:
         else f"{describe(sweep.best)} was the best of those run, {_times(best.speedup)} as fast as plain decoding"
     )
     facts = [
-        Fact("Measured speedup", f"{format_interval(best.speedup, decimals=2)}", "times as fast as plain decoding, by time per token, on the same texts"),
+        Fact(
+            "Measured speedup",
+            f"{format_interval(best.speedup, decimals=2)}",
+            "times as fast as plain decoding, by time per token, on the same texts",
+        ),
         Fact("Time per token", f"{format_interval(best.measured_tpot_s, 1e3)} ms", describe(sweep.best)),
         Fact("Run", f"{len(sweep.cells)} configurations", f"in {sweep.minutes:.1f} minutes"),
     ]
@@ -352,10 +360,12 @@ def _rounds(curves: Sequence[RoundCurve]) -> list[Figure]:
             series.append(Series(name, "fitted round ms", [(k, value.scaled(1e3)) for k, value in curve.predicted], marker=False))
             series.append(Series(name, "measured round ms", [(k, 1e3 * value) for k, value in curve.measured], line=False))
         shown = [one for one in series if one.name in list(dict.fromkeys(one.name for one in series))[:MAX_CURVES]]
-        title = f"Round time by K: {context_len} tokens" + (f", {batch} streams" if several else "")
+        title = f"Round time by tokens drafted: {context_len} tokens" + (f", {batch} streams" if several else "")
         text = "Points are medians of measured rounds, lines the fit that plans use, bands its 90 % interval for a cell that was not measured."
         figures.append(
-            Figure(title, text, chart(shown, "K, tokens drafted per round", "ms per round", from_zero=True), numbers(series, "K", "drafter"))
+            Figure(
+                title, text, chart(shown, "tokens drafted in the round", "ms per round", from_zero=True), numbers(series, "tokens drafted", "drafter")
+            )
         )
     return figures
 

@@ -119,5 +119,7 @@ def test_showing_needs_no_torch(documents, tmp_path):
     pytest.importorskip("matplotlib")
     code = "import sys\nfrom planner.commands.show import gather\nfrom planner.report.show import write_page\nwrite_page(gather(sys.argv[1]), sys.argv[2])\nassert 'torch' not in sys.modules"
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, documents["tuning"], tmp_path / "x.html"], check=False, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, documents["tuning"], tmp_path / "x.html"], check=False, cwd=root, capture_output=True, text=True
+    )
     assert done.returncode == 0 and (tmp_path / "x.html").exists(), done.stderr

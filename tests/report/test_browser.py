@@ -12,8 +12,23 @@ from planner.report.show import write_page
 pytest.importorskip("matplotlib")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed (apt install chromium)")]
 
-HOSTILE = '</script></title><script>alert(1)</script><img src=x onerror=alert(2)>"\'`' + "模型 مرحبا بالعالم \u202egnp.exe " + "x" * 350
-KINDS = ("profile", "plan", "check", "sweep", "serving profile", "schedule", "tuning", "simulation", "replay", "drift", "canary", "capacity", "audit", "export")
+HOSTILE = "</script></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'`" + "模型 مرحبا بالعالم \u202egnp.exe " + "x" * 350
+KINDS = (
+    "profile",
+    "plan",
+    "check",
+    "sweep",
+    "serving profile",
+    "schedule",
+    "tuning",
+    "simulation",
+    "replay",
+    "drift",
+    "canary",
+    "capacity",
+    "audit",
+    "export",
+)
 NARROW = 400  # CSS pixels
 
 
@@ -22,7 +37,7 @@ def folder(tmp_path_factory):
     """A page of every document, and of every document with hostile names."""
     folder = tmp_path_factory.mktemp("pages")
     (folder / "hostile").mkdir()
-    for kind, path in write_documents(folder).items():
+    for path in write_documents(folder).values():
         for one in (path, renamed(path, folder / "hostile", HOSTILE)):
             write_page(gather(one), one.with_suffix(".html"))
     return folder
@@ -45,7 +60,9 @@ def test_a_page_is_quiet_whole_and_asks_for_nothing(kind, folder, tab):
         tab.open(page_of(folder, kind))
         assert tab.complaints() == [] and [url for url in tab.requests() if not url.startswith("file:")] == [] and len(tab.requests()) == 1
         assert tab.value("document.documentElement.scrollWidth") <= width, "only tables and drawings scroll sideways"
-        sizes = tab.value("[...document.querySelectorAll('figure:not(:has(.folded)) .drawing > *')].map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height])")
+        sizes = tab.value(
+            "[...document.querySelectorAll('figure:not(:has(.folded)) .drawing > *')].map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height])"
+        )
         assert len(sizes) == tab.value("document.querySelectorAll('figure:not(:has(.folded))').length")
         assert all(w > 100 and h > 30 for w, h in sizes)
 
@@ -64,7 +81,9 @@ def test_the_numbers_in_the_page_are_the_documents(folder, tab):
     tab.emulate()
     tab.open(page_of(folder, "plan"))
     plan = json.loads((folder / "plan.json").read_text())
-    copied = tab.value("[...document.querySelectorAll('figure')].find(f => f.querySelector('.tiles')).querySelector('button[data-copy]').dataset.copy")
+    copied = tab.value(
+        "[...document.querySelectorAll('figure')].find(f => f.querySelector('.tiles')).querySelector('button[data-copy]').dataset.copy"
+    )
     header, *rows = [line.split(",") for line in copied.strip().split("\r\n")]
     estimates = [estimate for estimate in [plan["estimate"], *plan["runners_up"]] if estimate["config"]["draft_len"]]
     at = header.index("predicted speedup x")
@@ -108,16 +127,23 @@ def test_the_keyboard_reaches_the_answer_and_all_that_can_be_used(folder, tab):
 def test_a_table_is_copied_as_csv(folder, tab):
     tab.emulate()
     tab.open(page_of(folder, "check"))
-    tab.value("globalThis.copied = null, Object.defineProperty(navigator, 'clipboard', {value: {writeText: async (t) => { globalThis.copied = t; }}}), 0")
+    tab.value(
+        "globalThis.copied = null, Object.defineProperty(navigator, 'clipboard', {value: {writeText: async (t) => { globalThis.copied = t; }}}), 0"
+    )
     tab.value("document.querySelector('details').open = true, document.querySelector('details button').click()")
     tab.value("new Promise(done => setTimeout(done, 50))")
-    assert tab.value("copied").startswith("configuration,predicted TPOT ms,predicted TPOT ms low") and tab.value("document.getElementById('status').textContent") == "Copied"
+    assert (
+        tab.value("copied").startswith("configuration,predicted TPOT ms,predicted TPOT ms low")
+        and tab.value("document.getElementById('status').textContent") == "Copied"
+    )
 
 
 def test_on_paper_it_is_light_and_shows_its_numbers(folder, tab):
     tab.emulate(dark=True, media="print")
     tab.open(page_of(folder, "check"))
     tab.value("dispatchEvent(new Event('beforeprint'))")
-    assert tab.value("[...document.querySelectorAll('details')].every(e => e.open) && getComputedStyle(document.querySelector('nav')).display === 'none'")
+    assert tab.value(
+        "[...document.querySelectorAll('details')].every(e => e.open) && getComputedStyle(document.querySelector('nav')).display === 'none'"
+    )
     red = int(tab.value("getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
     assert red > 200
