@@ -17,7 +17,7 @@ FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
     "--disable-background-networking", "--disable-component-update", "--force-color-profile=srgb", "--hide-scrollbars", "--remote-debugging-pipe",
 )  # fmt: skip
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 ON_THREE_AND_FOUR = """import os, sys
 one, other = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2]))  # above 4, in whatever order they came
 os.dup2(one, 3)

@@ -11,6 +11,7 @@ import hashlib
 import html
 import io
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -25,6 +26,7 @@ ASSUMED = ("Note", "Assumed", "Unchecked", "Cut", "Warning")  # labels of a repo
 MAX_TITLE = 120  # characters of a browser's tab
 LONG_WORD = 24  # characters of a word from which it may break anywhere, so that no name widens a table
 FORMULA = ("=", "+", "-", "@")  # a spreadsheet would compute a text that begins so
+SIGNED = re.compile(r"[+-][\d.,]+( \[[-+\d., ]+\])?")  # unless it is a number, with its interval
 
 
 class Markup(str):
@@ -255,7 +257,7 @@ def _plain(cell: object) -> object:
     if not isinstance(cell, str):
         return cell
     text = clean(cell)
-    return f"'{text}" if text.startswith(FORMULA) and not text[1:2].isdigit() else text
+    return f"'{text}" if text.startswith(FORMULA) and not SIGNED.fullmatch(text) else text
 
 
 def _table(

@@ -102,7 +102,7 @@ def of_tuning(tuning: Tuning) -> tuple[Answer, list[Figure]]:
     facts.append(Fact("Took", f"{tuning.minutes:.1f} minutes", f"{tuning.requests} requests, {len(tuning.launches)} starts"))
     if tuning.defects:
         facts.append(Fact("Found", f"{len(tuning.defects)} defects", tuning.defects[0].what))
-    figures = [_gains(tuning), _runs(tuning)]
+    figures = [*([_gains(tuning)] if tuning.loads else []), *([_runs(tuning)] if tuning.runs else [])]
     if tuning.checked:
         figures.insert(0, _checked(tuning))
     return Answer(headline, facts, tuning.paste), figures

@@ -216,11 +216,12 @@ def test_elements_escape_what_they_are_given():
 
 def test_numbers_are_copied_in_full_precision():
     third = Interval(value=1 / 3, low=0.1, high=0.7)
-    text = to_csv(Numbers(["name", "x", "y"], [['a, "b"\nc', third, 1 / 7], ["=1+A1", None, 3], ["-5", 2.0, None]]))
+    text = to_csv(Numbers(["name", "x", "y"], [['a, "b"\nc', third, 1 / 7], ["=1+A1", None, 3], ["-5 [-6, -4]", 2.0, None], ["-1+A1", None, None]]))
     rows = list(csv.reader(io.StringIO(text)))
     assert rows[0] == ["name", "x", "x low", "x high", "y"]
     assert rows[1] == ['a, "b" c', repr(1 / 3), "0.1", "0.7", repr(1 / 7)]
-    assert rows[2] == ["'=1+A1", "", "", "", "3"] and rows[3] == ["-5", "2.0", "2.0", "2.0", ""], "a formula is text, a figure is not"
+    assert rows[2] == ["'=1+A1", "", "", "", "3"] and rows[3] == ["-5 [-6, -4]", "2.0", "2.0", "2.0", ""], "a formula is text, a figure is not"
+    assert rows[4][0] == "'-1+A1"
 
 
 def test_a_map_marks_the_choice_and_what_was_not_considered():
