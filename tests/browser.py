@@ -18,8 +18,8 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--force-color-profile=srgb", "--hide-scrollbars", "--remote-debugging-pipe",
 )  # fmt: skip
 TIMEOUT_S = 120
-ON_THREE_AND_FOUR = """import os, sys
-one, other = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2]))  # above 4, in whatever order they came
+ON_THREE_AND_FOUR = """import fcntl, os, sys
+one, other = (fcntl.fcntl(int(pipe), fcntl.F_DUPFD_CLOEXEC, 5) for pipe in sys.argv[1:3])  # out of the way
 os.dup2(one, 3)
 os.dup2(other, 4)
 os.execv(sys.argv[3], sys.argv[3:])"""  # where Chromium looks for its pipe
@@ -70,7 +70,8 @@ class Tab:
     def open(self, path: Path) -> None:
         """Load a file, and wait until it is there."""
         self._events.clear()
-        self("Page.navigate", url=path.resolve().as_uri())
+        answer = self("Page.navigate", url=path.resolve().as_uri())
+        assert "errorText" not in answer, answer
         for _ in range(TIMEOUT_S * 20):
             if self.value("document.readyState === 'complete' && location.protocol === 'file:'"):
                 return
