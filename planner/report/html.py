@@ -248,7 +248,7 @@ def _spread(value: str | Number, wide: bool) -> list:
 
 def _csv(rows: Iterable[Sequence]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer).writerows([_plain(cell) for cell in row] for row in rows)
+    csv.writer(buffer, lineterminator="\n").writerows([_plain(cell) for cell in row] for row in rows)
     return buffer.getvalue()
 
 

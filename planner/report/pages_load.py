@@ -14,6 +14,7 @@ from planner.specs import OBJECTIVES
 from planner.tunings import Run, Tuning
 
 LOADS = "concurrency, requests in the system"
+MAX_STEPS = 6  # of a headline
 MAX_CONTEXTS = 3  # that have figures of their own; the report has all
 PREDICTED, MEASURED = "s1", "s2"
 PERCENTILES = ("mean", "p50", "p90", "p99")
@@ -51,7 +52,7 @@ def of_schedule(schedule: Schedule) -> tuple[Answer, list[Figure]]:
     facts = []
     if best is not None and best.gain_over_off is not None and best.drafter != OFF:
         over = "over the load's histogram" if schedule.weighted else "over all loads, each counting alike"
-        facts.append(Fact("Expected gain over off", f"{format_percent(best.gain_over_off)} %", f"{OBJECTIVES[schedule.objective]}, {over}"))
+        facts.append(Fact("Expected gain over off, %", format_percent(best.gain_over_off), f"{OBJECTIVES[schedule.objective]}, {over}"))
     ties = [(tie, row) for row in rows for tie in row.ties]
     if ties:
         worst, row = max(ties, key=lambda pair: pair[0].cost_of_being_wrong)
@@ -89,7 +90,7 @@ def of_tuning(tuning: Tuning) -> tuple[Answer, list[Figure]]:
     facts = []
     if tuning.predicted_gain is not None:
         over = "off" if tuning.yours in (None, Setting()) else f"your {describe_setting(tuning.yours)}"
-        facts.append(Fact("Expected gain", f"{format_percent(tuning.predicted_gain)} %", f"over {over}, over all loads, predicted"))
+        facts.append(Fact("Expected gain, %", format_percent(tuning.predicted_gain), f"over {over}, over all loads, predicted"))
     facts += [
         Fact(
             f"Measured gain at {one.concurrency}",
@@ -119,7 +120,7 @@ def of_simulation(simulation: Simulation) -> tuple[Answer, list[Figure]]:
     else:
         headline = "Off: no other setting takes less time end to end"
     facts = [
-        Fact(arm.name, f"{format_percent(arm.against_off.e2e)} %", "end-to-end time against off, the same requests at the same moments")
+        Fact(f"{arm.name}, %", format_percent(arm.against_off.e2e), "end-to-end time against off, the same requests at the same moments")
         for arm in others
     ]
     if limits := simulation.limits[:1]:
@@ -237,15 +238,16 @@ def _staircase(schedule: Schedule) -> str:
         merged.append((name, row.concurrency_to))
     if len(merged) == 1:
         return f"Run {merged[0][0]} at every load"
-    drafters = {row.drafter for row in rows}
-    spelled = [name.removeprefix(f"{next(iter(drafters))} ") if len(drafters) == 1 else name for name, _ in merged]
-    parts = [f"{name} up to {end}" for name, (_, end) in zip(spelled[:-1], merged[:-1], strict=True)] + [f"then {spelled[-1]}"]
-    head = f"Run {next(iter(drafters))} with " if len(drafters) == 1 else "Run "
-    return (
-        f"{head}{', '.join(parts)} requests at once"
-        if len(merged) <= 6
-        else f"{head}{len(merged)} settings by load, {parts[0]}, {parts[-1]} from {rows[-1].concurrency_from} requests at once"
-    )
+    names, last = [], ""
+    for row, _ in merged:
+        drafter = row.rpartition(" ")[0]
+        names.append(row.removeprefix(f"{drafter} ") if drafter == last and drafter else row)
+        last = drafter
+    if len(merged) > MAX_STEPS:
+        return f"Run {names[0]} up to {merged[0][1]} requests at once, and {len(merged) - 1} other settings beyond"
+    parts = [f"{name} up to {end}" for name, (_, end) in zip(names[:-1], merged[:-1], strict=True)]
+    parts[0] += " requests at once"
+    return f"Run {', '.join(parts)}, then {names[-1]}"
 
 
 # Cells of an engine
@@ -268,7 +270,7 @@ def _curves(cells: Sequence[ServedCell], curves: Sequence[LoadCurve], context_le
     shown = [one for one in series if one.name in kept]
     text = "Points were measured, lines are the fit through all cells, for settings of the drafters that the schedule uses."
     text += f" {len(kept)} of {len(settings)} settings are drawn; the table has all." if len(settings) > len(kept) else ""
-    drawing = chart(shown, LOADS, "ms per token", log_x=max(cell.concurrency for cell in cells) > 8, from_zero=True)
+    drawing = chart(shown, LOADS, "ms per token", log_x=max(cell.concurrency for cell in cells) > 8, log_y=_wide(shown), from_zero=True)
     return Figure(f"Time per token by concurrency: context {context_len}", text, drawing, numbers(series, "concurrency", "setting"))
 
 
@@ -338,7 +340,12 @@ def _runs(tuning: Tuning) -> Figure:
     columns = ["setting", "concurrency", "stage", "measured TPOT ms", "measured tokens/s"]
     most = max((run.concurrency for run in tuning.runs), default=1)
     text = "Every load that was run, means over tokens; several starts of a setting are several points."
-    return Figure("What was run", text, chart(series[:MAX_LINES], LOADS, "ms per token", log_x=most > 8, from_zero=True), Numbers(columns, table))
+    return Figure(
+        "What was run",
+        text,
+        chart(series[:MAX_LINES], LOADS, "ms per token", log_x=most > 8, log_y=_wide(series[:MAX_LINES]), from_zero=True),
+        Numbers(columns, table),
+    )
 
 
 # Simulations
@@ -354,12 +361,10 @@ def _percentiles(arms: Sequence[Arm], name: str, scale: float, column: str, titl
             series.append(Series(clean(arm.name), f"simulated {column}", list(enumerate(values))))
     if not series:
         return None
-    values = [value.value for one in series for _, value in one.points]
     columns = ["setting", *(f"simulated {column} {stat}" for stat in PERCENTILES)]
     table = [[one.name, *(value for _, value in one.points)] for one in series]
     text = "Mean, and what half, 90 and 99 % of the requests took at most; bars are 90 % intervals over stretches of the run."
-    wide = min(values) > 0 and max(values) / min(values) > 5
-    drawing = chart(series[:MAX_LINES], "of requests", column, log_y=wide, categories=PERCENTILES, from_zero=not wide)
+    drawing = chart(series[:MAX_LINES], "of requests", column, log_y=_wide(series), categories=PERCENTILES, from_zero=True)
     return Figure(title, text, drawing, Numbers(columns, table))
 
 
@@ -413,6 +418,12 @@ def _goodput(simulation: Simulation) -> list[Figure]:
             "Goodput", text, intervals(rows, "% of requests"), Numbers(["setting", *(f"simulated share within {name} %" for name in names)], table)
         )
     ]
+
+
+def _wide(series: Sequence[Series]) -> bool:
+    """Whether a linear axis would hide the smaller of these."""
+    values = [value.value if isinstance(value, Interval) else value for one in series for _, value in one.points]
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 5
 
 
 # Words

@@ -70,13 +70,13 @@ def of_plan(shown: Shown, plan: Plan) -> tuple[Answer, list[Figure]]:
     chosen, plain = (format_interval(estimate.tpot_s, 1e3) for estimate in (plan.estimate, plan.baseline))
     facts += [
         Fact("If the choice is wrong", lost, why),
-        Fact("Time per token", f"{chosen} ms", f"plain decoding {plain} ms" if speculates else "of plain decoding"),
+        Fact("Time per token, ms", chosen, f"plain decoding {plain}" if speculates else "of plain decoding"),
     ]
     if plan.best_speculative is not None:
         predicted = next((e for e in [plan.estimate, *plan.runners_up] if e.config == plan.best_speculative), None)
         text = "" if predicted is None else f"predicted {format_interval(predicted.tokens_per_round, decimals=2)}"
         name = "" if speculates else f"{describe(plan.best_speculative)}; "
-        facts.append(Fact("Pays above", f"{plan.break_even_tokens_per_round:.2f} tokens per round", f"{name}{text}"))
+        facts.append(Fact("Pays above, tokens per round", f"{plan.break_even_tokens_per_round:.2f}", f"{name}{text}"))
     cap = "no cap was given" if plan.memory_cap_bytes is None else f"of a cap of {format_bytes(plan.memory_cap_bytes)}"
     facts.append(Fact("Memory", format_memory(plan.estimate.memory_bytes), cap))
     measured = {} if shown.measured is None else _measured(shown.measured)
@@ -107,7 +107,7 @@ def of_check(check: Check) -> tuple[Answer, list[Figure]]:
             Fact("Predicted speedup", f"{format_interval(chosen.predicted.speedup, decimals=2)}", f"times as fast as plain decoding, by {name}"),
         ]
     facts += [
-        Fact("Regret", f"{format_percent(check.regret)} %", f"against the best measured, {describe(check.best)}"),
+        Fact("Regret, %", format_percent(check.regret), f"against the best measured, {describe(check.best)}"),
         Fact("Texts", str(check.num_texts), "that the profile did not see"),
     ]
     word = "Passed" if check.passed else "Failed"
@@ -130,7 +130,7 @@ def of_sweep(sweep: Sweep) -> tuple[Answer, list[Figure]]:
             f"{format_interval(best.speedup, decimals=2)}",
             "times as fast as plain decoding, by time per token, on the same texts",
         ),
-        Fact("Time per token", f"{format_interval(best.measured_tpot_s, 1e3)} ms", describe(sweep.best)),
+        Fact("Time per token, ms", format_interval(best.measured_tpot_s, 1e3), describe(sweep.best)),
         Fact("Run", f"{len(sweep.cells)} configurations", f"in {sweep.minutes:.1f} minutes"),
     ]
     found = [(cell.config, cell.speedup) for cell in sweep.cells if cell.config.draft_len > 0]

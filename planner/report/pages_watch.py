@@ -25,8 +25,8 @@ def of_replay(replay: ServedReplay) -> tuple[Answer, list[Figure]]:
     name = f"{_name(best)} K={best.headroom.draft_len}"
     headline = f"{name}: {gain:.2f} times as fast as plain decoding, in {costs}" if best.headroom.draft_len else f"Off: no fixed K pays, in {costs}"
     facts = [
-        Fact("Best adaptive rule", f"{format_percent(best.headroom.adaptive_over_fixed)} %", "of cost per token against that K"),
-        Fact("Clairvoyant oracle", f"{format_percent(best.headroom.oracle_over_fixed)} %", "no rule costs less"),
+        Fact("Best adaptive rule, %", format_percent(best.headroom.adaptive_over_fixed), "of cost per token against that K"),
+        Fact("Clairvoyant oracle, %", format_percent(best.headroom.oracle_over_fixed), "no rule costs less"),
         Fact("Replayed", f"{group.num_texts} lines", f"{group.num_tokens} tokens; {group.impossible} could not have been drawn by this model"),
     ]
     series = [
