@@ -16,12 +16,11 @@ from planner.errors import BadInput
 from planner.exports import Export
 from planner.files import read_bytes
 from planner.measurements import Profile, decode_checked, shortened
-from planner.plans import Check, Estimate, Interval, Plan, Sweep
+from planner.plans import Check, Plan, Sweep
 from planner.replays import ServedReplay
 from planner.schedules import Schedule
-from planner.serving import ServingProfile, Summary
+from planner.serving import ServingProfile
 from planner.simulations import Simulation
-from planner.specs import DraftConfig, DrafterSpec, KVPolicy, Objective, Sampler, Workload
 from planner.tunings import Tuning
 
 Document = (
@@ -80,58 +79,24 @@ def load_document(path: str | Path) -> Document:
         raise BadInput(f"{kind.name} {path} is not valid: {shortened(str(error))}") from None
 
 
+def other_kind(content: bytes, wanted: type, what: str) -> str | None:
+    """Where a file that cannot be read as `wanted` is another command's: what it is, and what is needed. None where that is not plain.
+
+    what  the file, as messages call it
+    """
+    needed = next((f"a {kind.name} (`{kind.written_by}`)" for kind in KINDS if kind.type is wanted), None)
+    if needed is None:
+        return None
+    if content.lstrip()[:1] not in (b"{", b"["):
+        table = b"," in content[:4096].split(b"\n", 1)[0] and content[:1000].isascii()
+        return f"{what} is not valid: a table is no JSON; this needs {needed}, and `planner import bench` makes profiles of tables" if table else None
+    try:
+        fields = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    found = next((kind for kind in KINDS if "kind" not in fields and kind.fields and kind.fields <= fields.keys() and kind.type is not wanted), None)
+    return f"{what} is a {found.name} (`{found.written_by}`); this needs {needed}" if found else None
+
+
 def _known() -> str:
     return "known are " + ", ".join(f"{kind.name} ({kind.written_by})" for kind in KINDS)
-
-
-# What a page shows beside the document itself
-
-
-class SpeedupMap(NamedTuple):
-    """Predicted speedups over plain decoding of every configuration, for one workload."""
-
-    workload: Workload
-    objective: Objective
-    estimates: list[Estimate]  # all that speculate and could be predicted, those over the cap among them
-    baseline: Estimate
-    chosen: DraftConfig
-    ties: list[DraftConfig]
-    cap_bytes: int | None = None
-
-
-class RoundCurve(NamedTuple):
-    """Rounds of one drafter and policy by how much is drafted in them, seconds."""
-
-    drafter: DrafterSpec
-    kv: KVPolicy
-    context_len: int
-    batch: int
-    predicted: list[tuple[int, Interval]]  # tokens drafted, round time; the interval of a cell not measured
-    measured: list[tuple[int, float]]  # tokens drafted, median
-
-
-class AcceptanceCurve(NamedTuple):
-    """P(first draft is accepted) by kv budget, means over texts."""
-
-    drafter: DrafterSpec
-    kv: KVPolicy  # any of them: the budget varies
-    context_len: int
-    sampler: Sampler
-    by_budget: list[tuple[int | None, Interval]]  # None: full KV
-
-
-class Shown(NamedTuple):
-    """A document, what it was made from and checked by where that was given, and what both say together."""
-
-    document: Document
-    reported: Document | Summary  # what stands for it in a report: a serving profile in short
-    path: Path
-    sha256: str
-    plans: list[Plan] = []  # that a profile leads to, for each context and sampler
-    maps: list[SpeedupMap] = []
-    rounds: list[RoundCurve] = []
-    acceptance: list[AcceptanceCurve] = []
-    schedule: Schedule | None = None  # that a serving profile leads to
-    measured: Check | Sweep | None = None  # that ran the plan, or its grid
-    profile: Profile | None = None
-    refused: str = ""  # why nothing could be predicted from a profile

@@ -58,6 +58,7 @@ RULES = {
             "canaries",
             "tunings",
             "documents",
+            "shown",
             "engine_rules",
             "systems",
         ),

@@ -8,11 +8,12 @@ import msgspec
 import numpy as np
 
 from planner.commands.import_bench import summarise
-from planner.documents import AcceptanceCurve, Document, RoundCurve, Shown, SpeedupMap, kind_of, load_document
+from planner.documents import Document, kind_of, load_document
 from planner.errors import BadInput
 from planner.measurements import Profile, RoundSample, fingerprint, load_profile
 from planner.plans import Check, Interval, Plan, Sweep
 from planner.serving import ServingProfile, Summary
+from planner.shown import AcceptanceCurve, RoundCurve, Shown, SpeedupMap
 from planner.specs import DraftConfig, SparseKV, Workload
 
 Z90 = 1.645  # of a normal's central 90 %

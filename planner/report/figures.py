@@ -103,7 +103,7 @@ def chart(
         color = PALETTE[rule.color]
         line = axes.axvline if rule.upright else axes.axhline
         line(rule.at, color=color, linewidth=1.4, linestyle=(0, (4, 3)), label=_name(rule.name), zorder=1.5)
-    if log_x:
+    if log_x and len({x for one in series for x, _ in one.points}) > 1:
         _log(axes.xaxis, "x", [x for one in series for x, _ in one.points])
     if log_y:
         _log(axes.yaxis, "y", [_value(y) for one in series for _, y in one.points])
@@ -111,7 +111,11 @@ def chart(
         from matplotlib.ticker import MaxNLocator
 
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if categories:
+    if len(places := {x for one in series for x, _ in one.points}) == 1 and not categories:
+        (only,) = places
+        axes.set_xlim(only - 1, only + 1)
+        axes.set_xticks([only])
+    elif categories:
         axes.set_xticks(range(len(categories)), labels=[_name(name) for name in categories])
     elif not log_x and all(float(x).is_integer() for one in series for x, _ in one.points):
         from matplotlib.ticker import MaxNLocator

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from planner.documents import Shown
 from planner.plans import Interval
 from planner.report.figures import MAX_LINES, Rule, Series, Span, chart, intervals, numbers
 from planner.report.html import Answer, Fact, Figure, Numbers
 from planner.report.layout import clean, format_interval, format_percent
 from planner.schedules import Compared, LoadCurve, Schedule, ScheduleRow, Setting, describe_setting
 from planner.serving import OFF, ServedCell, ServingProfile
+from planner.shown import Shown
 from planner.simulations import Arm, Latency, Simulation
 from planner.specs import OBJECTIVES
 from planner.tunings import Run, Tuning

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from planner.documents import AcceptanceCurve, RoundCurve, Shown, SpeedupMap
 from planner.measurements import Profile
 from planner.plans import Check, Estimate, Interval, Plan, Sweep
 from planner.report.figures import Rule, Series, chart, intervals, numbers
 from planner.report.html import Answer, Fact, Figure, Numbers, Tile, tiles
 from planner.report.layout import clean, format_interval, format_memory, format_percent
+from planner.shown import AcceptanceCurve, RoundCurve, Shown, SpeedupMap
 from planner.specs import (
     OBJECTIVES,
     DraftConfig,

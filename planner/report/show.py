@@ -5,7 +5,7 @@ from pathlib import Path
 from planner.audits import Audit
 from planner.canaries import Canary
 from planner.capacities import Capacity
-from planner.documents import Document, Shown, kind_of
+from planner.documents import Document, kind_of
 from planner.drifts import Drift
 from planner.exports import Export
 from planner.files import write_whole
@@ -20,6 +20,7 @@ from planner.report.html import Answer, Fact, Figure, Page, assumed_in, render
 from planner.report.layout import Heading, clean, recording
 from planner.schedules import Schedule
 from planner.serving import ServingProfile, Summary
+from planner.shown import Shown
 from planner.simulations import Simulation
 from planner.specs import Spec
 from planner.tunings import Tuning
