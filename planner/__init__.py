@@ -30,6 +30,7 @@ _WHERE = {
     "AskedTune": "planner.commands.flags",
     "import_bench": "planner.commands.import_bench",
     "audit": "planner.commands.audit",
+    "doctor": "planner.commands.doctor",
     "load_profile": "planner.measurements",
     "save_profile": "planner.measurements",
     "load_any_profile": "planner.serving",

@@ -59,6 +59,8 @@ RULES = {
             "tunings",
             "engine_rules",
             "systems",
+            "machine",
+            "checkups",
         ),
         TORCH,
         at_import=True,
