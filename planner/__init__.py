@@ -31,6 +31,7 @@ _WHERE = {
     "import_bench": "planner.commands.import_bench",
     "audit": "planner.commands.audit",
     "doctor": "planner.commands.doctor",
+    "demo": "planner.commands.demo",
     "load_profile": "planner.measurements",
     "save_profile": "planner.measurements",
     "load_any_profile": "planner.serving",

@@ -61,6 +61,7 @@ RULES = {
             "systems",
             "machine",
             "checkups",
+            "demos",
         ),
         TORCH,
         at_import=True,

@@ -34,6 +34,7 @@ for _command in (
     "generate",
     "import_",
     "quickstart",
+    "demo",
     "doctor",
 ):  # as --help lists them
     import_module(f"planner.cli.{_command}")
