@@ -62,6 +62,8 @@ RULES = {
             "machine",
             "checkups",
             "demos",
+            "diffs",
+            "documents",
         ),
         TORCH,
         at_import=True,

@@ -33,6 +33,7 @@ for _command in (
     "replay",
     "generate",
     "import_",
+    "diff",
     "quickstart",
     "demo",
     "doctor",
