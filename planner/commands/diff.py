@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from planner.commands.plan import check_objective, find_workload
+from planner.commands.progress import Progress, Silent
 from planner.commands.schedule import schedule
 from planner.diffs import Changed, Choice, Difference, Ratio, Side, Unit
 from planner.documents import Document, kind_of, load_document
@@ -38,7 +39,7 @@ SETTINGS: dict[type, tuple[str, ...]] = {  # fields that say what was measured o
 MOMENT = ("environment.date", "environment.busy_share", "environment.load_1min")  # of one run, not a setting
 
 
-def diff(before: str | Path, after: str | Path, *, objective: Objective = "e2e") -> Difference:
+def diff(before: str | Path, after: str | Path, *, objective: Objective = "e2e", progress: Progress = Silent()) -> Difference:
     """What changed from one file to the other: two profiles, plans, schedules or sweeps. BadInput unless both are of one kind.
 
     objective  that profiles are planned for, to compare the choices they lead to; plans, schedules and sweeps have their own
@@ -56,7 +57,7 @@ def diff(before: str | Path, after: str | Path, *, objective: Objective = "e2e")
     settings = [_flat(document) for document in (one, other)]
     names = [name for name in dict.fromkeys([*settings[0], *settings[1]]) if settings[0].get(name) != settings[1].get(name)]
     ratios, only_before, only_after = _matched(one, other)
-    choices, notes = _choices(one, other, before, after, objective)
+    choices, notes = _choices(one, other, before, after, objective, progress)
     if isinstance(one, Plan | Schedule) and one.profile_sha256 == other.profile_sha256:
         notes.append("both were made from the same profile: what its errors share is counted twice, so the intervals are too wide")
     return Difference(
@@ -239,14 +240,16 @@ def _curve_ratios(one: Schedule, other: Schedule) -> list[Ratio]:
 # Choices
 
 
-def _choices(one: Document, other: Document, before: str | Path, after: str | Path, objective: Objective) -> tuple[list[Choice], list[str]]:
+def _choices(
+    one: Document, other: Document, before: str | Path, after: str | Path, objective: Objective, progress: Progress
+) -> tuple[list[Choice], list[str]]:
     from planner.search.ratios import ratio_of
 
     match one, other:
         case Profile(), Profile():
-            return _profile_choices(one, other, objective)
+            return _profile_choices(one, other, objective, progress)
         case ServingProfile(), ServingProfile():
-            return _served_choices(one, other, before, after, objective)
+            return _served_choices(one, other, before, after, objective, progress)
         case Schedule(), Schedule():
             return _schedule_choices(one, other), []
         case Plan(), Plan():
@@ -263,7 +266,7 @@ def _choices(one: Document, other: Document, before: str | Path, after: str | Pa
     return [Choice(at=at, before=describe(one.best), after=describe(other.best), ratio=ratio, carried_loss=loss)], []
 
 
-def _profile_choices(one: Profile, other: Profile, objective: Objective) -> tuple[list[Choice], list[str]]:
+def _profile_choices(one: Profile, other: Profile, objective: Objective, progress: Progress) -> tuple[list[Choice], list[str]]:
     """The plans both profiles lead to, at each context and sampler that both have."""
     from planner.search.objective import fit_models
     from planner.search.optimize import make_plan
@@ -275,13 +278,15 @@ def _profile_choices(one: Profile, other: Profile, objective: Objective) -> tupl
         return [], ["the profiles share no context, sampler and batch: what they lead to cannot be compared"]
     found, notes = [], []
     output_len = min(max((text.output_len for text in profile.texts), default=128) for profile in (one, other))
+    progress.stage("plans of both", 2 * len(shared))
     models = fit_models(other)
     for context, sampler in shared:
         workload = find_workload(one, context, output_len, sampler.temperature, sampler.top_p, sampler.top_k, batch)
         try:
-            plans = [
-                make_plan(profile, "0" * 64, workload, objective=objective, memory_cap_bytes=None) for profile in (one, other)
-            ]  # fmt: skip
+            plans = []
+            for profile in (one, other):
+                plans.append(make_plan(profile, "0" * 64, workload, objective=objective, memory_cap_bytes=None))
+                progress.advance()
         except BadInput as error:
             notes.append(f"context {context}, {describe_sampler(sampler)}: {error}")
             continue
@@ -306,7 +311,7 @@ def _carried(models, chosen: DraftConfig, plan: Plan, workload: Workload) -> flo
 
 
 def _served_choices(
-    one: ServingProfile, other: ServingProfile, before: str | Path, after: str | Path, objective: Objective
+    one: ServingProfile, other: ServingProfile, before: str | Path, after: str | Path, objective: Objective, progress: Progress
 ) -> tuple[list[Choice], list[str]]:
     """The schedules both profiles lead to, over the loads that both were measured at."""
     contexts = sorted({cell.context_len for cell in one.cells} & {cell.context_len for cell in other.cells})
@@ -316,9 +321,11 @@ def _served_choices(
         return [], ["the profiles share no context or no range of loads: what they lead to cannot be compared"]
     output_len = min(max(cell.output_len for cell in profile.cells) for profile in (one, other))
     try:
-        made = [
-            schedule(path, concurrency=(first, last), contexts=contexts, output_len=max(2, output_len), objective=objective) for path in (before, after)
-        ]  # fmt: skip
+        progress.stage("schedules of both", 2)
+        made = []
+        for path in (before, after):
+            made.append(schedule(path, concurrency=(first, last), contexts=contexts, output_len=max(2, output_len), objective=objective))
+            progress.advance()
     except BadInput as error:
         return [], [f"what the profiles lead to cannot be compared: {error}"]
     return _schedule_choices(*made), []

@@ -12,7 +12,7 @@ from planner.errors import BadInput
 from planner.exporters.contract import OwnRuntime
 from planner.exporters.own_runtime import generate_words
 from planner.measurements import Profile
-from planner.plans import Interval, Plan, Rejected, Tie
+from planner.plans import Estimate, Interval, Plan, Rejected, Tie
 from planner.search.objective import Models, Prediction, difference, fit_models, objective_s, predict, refusal, text_share, with_speedup
 from planner.specs import PLAIN, DraftConfig, Objective, Workload
 
@@ -83,6 +83,7 @@ def make_plan(
         break_even_tokens_per_round=speculative.estimate.round_s.value / baseline.estimate.tpot_s.value if speculative else 1.0,
         best_speculative=speculative.estimate.config if speculative else None,
         runners_up=[p.estimate for p in others if p is not baseline][:NUM_RUNNERS_UP],
+        by_draft_len=_by_draft_len(speculative, feasible),
         ties=find_ties(chosen, others, objective),
         rejected=rejected,
         num_candidates=len(feasible) + len(rejected),
@@ -103,6 +104,15 @@ def candidates(models: Models) -> list[DraftConfig]:
         for kv in models.acceptance.policies(drafter)
         for draft_len in range(1, min(longest, models.latency.max_draft_len.get(drafter, longest)) + 1)
     ]
+
+
+def _by_draft_len(best: Prediction | None, feasible: list[Prediction]) -> list[Estimate]:
+    """What the best speculative drafter and policy do at each draft_len, as chains."""
+    if best is None:
+        return []
+    own = best.estimate.config
+    alike = [p.estimate for p in feasible if (p.estimate.config.drafter, p.estimate.config.kv, p.estimate.config.tree) == (own.drafter, own.kv, None)]
+    return sorted((estimate for estimate in alike if estimate.config.draft_len), key=lambda estimate: estimate.config.draft_len)
 
 
 def find_ties(chosen: Prediction, others: list[Prediction], objective: Objective) -> list[Tie]:

@@ -72,7 +72,7 @@ def sweep(scale: float) -> Sweep:
 def run(files, monkeypatch, capsys):
     def call(*words: str):
         monkeypatch.chdir(files)
-        monkeypatch.setattr(sys, "argv", ["planner", "diff", *words])
+        monkeypatch.setattr(sys, "argv", ["planner", "diff", *words, "--quiet"])
         try:
             main()
             code = 0
