@@ -34,7 +34,7 @@ VERBS = {  # words behind planner; {out} is a file or folder that is not there
     "capacity": f"capacity {MODEL} --system h100_sxm --isl 4000 --osl 256 --draft-model eagle3=num_layers=1,num_kv_heads=8,head_dim=128,weights_gib=0.8",
     "check": "check own.json --dataset x.txt",
     "tune": "tune --launch server --dataset x.txt -o {out}",
-    "export": "export static.plan.json --engine transformers@5 -o {out}",
+    "export": "export static.plan.json --engine transformers@5.23 -o {out}",
     "drift": "drift drift.json --once before.txt after.txt",
     "sweep": "sweep --dataset x.txt -o {out}",
     "simulate": "simulate served.json --rate 4 --lengths 300:40 --requests 20",

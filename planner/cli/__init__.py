@@ -57,7 +57,7 @@ def main() -> None:
     rank = process_rank()
     try:
         with stoppable(), nullcontext() if rank == 0 else _silent():
-            app()
+            app(prog_name="planner")
     except (PlannerError, Stopped) as error:
         message = "; ".join([str(error), *getattr(error, "__notes__", [])])
         terminal.show_error(f"rank {rank}: {message}" if rank else message)  # the trouble may be that rank's alone
