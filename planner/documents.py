@@ -79,5 +79,24 @@ def load_document(path: str | Path) -> Document:
         raise BadInput(f"{kind.name} {path} is not valid: {shortened(str(error))}") from None
 
 
+def other_kind(content: bytes, wanted: type, what: str) -> str | None:
+    """Where a file that cannot be read as `wanted` is another command's: what it is, and what is needed. None where that is not plain.
+
+    what  the file, as messages call it
+    """
+    needed = next((f"a {kind.name} (`{kind.written_by}`)" for kind in KINDS if kind.type is wanted), None)
+    if needed is None:
+        return None
+    if content.lstrip()[:1] not in (b"{", b"["):
+        table = b"," in content[:4096].split(b"\n", 1)[0] and content[:1000].isascii()
+        return f"{what} is not valid: a table is no JSON; this needs {needed}, and `planner import bench` makes profiles of tables" if table else None
+    try:
+        fields = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    found = next((kind for kind in KINDS if "kind" not in fields and kind.fields and kind.fields <= fields.keys() and kind.type is not wanted), None)
+    return f"{what} is a {found.name} (`{found.written_by}`); this needs {needed}" if found else None
+
+
 def _known() -> str:
     return "known are " + ", ".join(f"{kind.name} ({kind.written_by})" for kind in KINDS)

@@ -250,7 +250,9 @@ def decode_checked(content: bytes, kind: type, schema_version: int, what: str, t
             raise BadInput(f"{what} has schema_version {head.schema_version}, this planner reads {schema_version}; make it again with this version")
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"{what} is not valid: {shortened(str(error))}") from None
+        from planner.documents import other_kind  # which knows all kinds of files, and this module
+
+        raise BadInput(other_kind(content, kind, what) or f"{what} is not valid: {shortened(str(error))}") from None
 
 
 def shortened(message: str) -> str:

@@ -50,6 +50,11 @@ def checked_settings(settings: Settings, session: Session) -> Settings:
         raise BadInput(f"a text needs at least 16 tokens, got {settings.output_len}; raise --output-len")
     if not 1 <= settings.max_draft_len <= 64:
         raise BadInput(f"max_draft_len must lie in 1..64, got {settings.max_draft_len}")
+    longest = max(settings.contexts) + settings.output_len
+    if wide := [policy.budget for policy in settings.policies if policy.budget >= longest]:
+        raise BadInput(
+            f"a kv budget must leave something out of {longest} tokens, the longest context and its output, got {wide[0]}; lower --kv-budgets"
+        )
     if not settings.batches or min(settings.batches) < 1:
         raise BadInput(f"a batch counts streams and must be at least 1, got {settings.batches}; give --batches 1,4,8")
     if settings.max_minutes is not None and not settings.max_minutes > 0:

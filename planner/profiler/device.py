@@ -24,7 +24,7 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
-        raise BadInput(f"a device is cpu, cuda or cuda:N, got {name!r}")
+        raise BadInput(f"a device is cpu, cuda or cuda:N, got {name!r}; take cuda for a GPU")
     try:
         device = torch.device(name)
     except RuntimeError:
