@@ -17,19 +17,16 @@ SHIPPED = Path(__file__).parents[1] / "profiles/intel-xeon-2-cores/smollm2-135m_
 
 def main(profile: str = str(SHIPPED), context_len: str = "4096") -> None:
     question = {"context_len": int(context_len), "temperature": 1.0, "objective": "tpot"}
-    cap = None
-    while True:
+    free = planner.plan(profile, **question)
+    for share in (1.0, 0.99, 0.98, 0.95, 0.9, 0.8, 0.5):
+        cap = int(share * free.estimate.memory_bytes.high)
         try:
             plan = planner.plan(profile, memory_cap_bytes=cap, **question)
         except planner.BadInput as error:  # plain decoding itself no longer fits
             print(f"{format_bytes(cap)}: {error}")
             return
-        tpot, memory = plan.estimate.tpot_s, plan.estimate.memory_bytes
-        allowed = "no cap" if cap is None else format_bytes(cap)
-        print(
-            f"{allowed}: {describe(plan.chosen)}, {1e3 * tpot.value:.1f} [{1e3 * tpot.low:.1f}, {1e3 * tpot.high:.1f}] ms per token, needs {format_bytes(memory.high)}"
-        )
-        cap = int(memory.high) - 1  # the next plan must do with less than this one
+        tpot = plan.estimate.tpot_s
+        print(f"{format_bytes(cap)}: {describe(plan.chosen)}, {1e3 * tpot.value:.1f} [{1e3 * tpot.low:.1f}, {1e3 * tpot.high:.1f}] ms per token")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_every_example_is_run_here():
 def test_a_plan_under_less_and_less_memory(run, tmp_path):
     save_profile(made_profile(samplers=[WARM]), tmp_path / "profile.json")
     lines = run("plan_under_cap", "profile.json", "1024").splitlines()
-    assert lines[0].startswith("no cap: self_sparse") and "plain decoding alone" in lines[-1] and len(lines) >= 3
+    assert "self_sparse" in lines[0] and "plain decoding alone" in lines[-1] and len(lines) >= 2
 
 
 def test_the_profile_of_a_gpu_leads_to_plans(run, monkeypatch):
@@ -47,13 +47,13 @@ def test_the_profile_of_a_gpu_leads_to_plans(run, monkeypatch):
 
     def measured(model, dataset, **options):
         asked.update(options, model=model, dataset=dataset)
-        return made_profile(contexts=(1024, 4096), samplers=[planner.Sampler(), WARM], warnings=["the machine was busy"])
+        return made_profile(contexts=(1024, 2048), samplers=[planner.Sampler(), WARM], warnings=["the machine was busy"])
 
     monkeypatch.setattr(planner, "profile", measured, raising=False)
     lines = run("profile_gpu", "folder", "texts.txt", "gpu.json", contexts=[1024]).splitlines()
     assert asked["device"] == "cuda" and asked["settings"].contexts == [1024] and len(asked["settings"].policies) == 4
     assert len(lines) == 4 and lines[0].startswith("1024 tokens, temperature 0: self_sparse")
-    assert planner.load_profile("gpu.json").contexts == [1024, 4096]
+    assert planner.load_profile("gpu.json").contexts == [1024, 2048]
 
 
 def test_a_server_is_tuned(run, monkeypatch):
