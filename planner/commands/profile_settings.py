@@ -44,17 +44,17 @@ def checked_settings(settings: Settings, session: Session) -> Settings:
         if context_len < 1:
             raise BadInput(f"a context has at least one token, got {context_len}; change --contexts")
         check_length(session, drafters, context_len, settings.output_len)
+    longest = max(settings.contexts) + settings.output_len
+    if wide := [policy.budget for policy in settings.policies if policy.budget >= longest]:
+        raise BadInput(
+            f"a kv budget must leave something out of {longest} tokens, the longest context and its output, got {wide[0]}; lower --kv-budgets"
+        )
     if settings.num_texts < MIN_TEXTS:
         raise BadInput(f"an interval needs at least {MIN_TEXTS} texts, got {settings.num_texts}; raise --texts")
     if settings.output_len < 16:
         raise BadInput(f"a text needs at least 16 tokens, got {settings.output_len}; raise --output-len")
     if not 1 <= settings.max_draft_len <= 64:
         raise BadInput(f"max_draft_len must lie in 1..64, got {settings.max_draft_len}")
-    longest = max(settings.contexts) + settings.output_len
-    if wide := [policy.budget for policy in settings.policies if policy.budget >= longest]:
-        raise BadInput(
-            f"a kv budget must leave something out of {longest} tokens, the longest context and its output, got {wide[0]}; lower --kv-budgets"
-        )
     if not settings.batches or min(settings.batches) < 1:
         raise BadInput(f"a batch counts streams and must be at least 1, got {settings.batches}; give --batches 1,4,8")
     if settings.max_minutes is not None and not settings.max_minutes > 0:

@@ -83,9 +83,9 @@ def make_plan(
         break_even_tokens_per_round=speculative.estimate.round_s.value / baseline.estimate.tpot_s.value if speculative else 1.0,
         best_speculative=speculative.estimate.config if speculative else None,
         runners_up=[p.estimate for p in others if p is not baseline][:NUM_RUNNERS_UP],
-        by_draft_len=_by_draft_len(speculative, feasible),
         ties=find_ties(chosen, others, objective),
         rejected=rejected,
+        by_draft_len=_by_draft_len(speculative, feasible),
         num_candidates=len(feasible) + len(rejected),
         latency_error=models.latency.error(workload.batch),
         latency_form=models.latency.form(workload.batch),
@@ -106,15 +106,6 @@ def candidates(models: Models) -> list[DraftConfig]:
     ]
 
 
-def _by_draft_len(best: Prediction | None, feasible: list[Prediction]) -> list[Estimate]:
-    """What the best speculative drafter and policy do at each draft_len, as chains."""
-    if best is None:
-        return []
-    own = best.estimate.config
-    alike = [p.estimate for p in feasible if (p.estimate.config.drafter, p.estimate.config.kv, p.estimate.config.tree) == (own.drafter, own.kv, None)]
-    return sorted((estimate for estimate in alike if estimate.config.draft_len), key=lambda estimate: estimate.config.draft_len)
-
-
 def find_ties(chosen: Prediction, others: list[Prediction], objective: Objective) -> list[Tie]:
     """The configurations that cannot be told from the choice at 90 %: off first, then the nearest."""
     ties = []
@@ -132,6 +123,15 @@ def find_ties(chosen: Prediction, others: list[Prediction], objective: Objective
         )
     plain = [tie for tie in ties if tie.config == PLAIN]
     return [*plain, *(tie for tie in ties if tie.config != PLAIN)][:MAX_TIES]  # that it may not pay at all comes first
+
+
+def _by_draft_len(best: Prediction | None, feasible: list[Prediction]) -> list[Estimate]:
+    """What the best speculative drafter and policy do at each draft_len, as chains."""
+    if best is None:
+        return []
+    own = best.estimate.config
+    alike = [p.estimate for p in feasible if (p.estimate.config.drafter, p.estimate.config.kv, p.estimate.config.tree) == (own.drafter, own.kv, None)]
+    return sorted((estimate for estimate in alike if estimate.config.draft_len), key=lambda estimate: estimate.config.draft_len)
 
 
 def _what_settles(chosen: Prediction, other: Prediction, gap: Interval) -> str:
