@@ -28,6 +28,7 @@ for _command in (
     "tune",
     "export",
     "drift",
+    "diff",
     "sweep",
     "simulate",
     "replay",
@@ -35,6 +36,8 @@ for _command in (
     "show",
     "import_",
     "quickstart",
+    "demo",
+    "doctor",
 ):  # as --help lists them
     import_module(f"planner.cli.{_command}")
 
@@ -55,7 +58,7 @@ def main() -> None:
     rank = process_rank()
     try:
         with stoppable(), nullcontext() if rank == 0 else _silent():
-            app()
+            app(prog_name="planner")
     except (PlannerError, Stopped) as error:
         message = "; ".join([str(error), *getattr(error, "__notes__", [])])
         terminal.show_error(f"rank {rank}: {message}" if rank else message)  # the trouble may be that rank's alone

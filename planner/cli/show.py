@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import planner
 from planner.cli.app import app
 from planner.cli.options import AsJson
 from planner.errors import BadInput
@@ -21,19 +22,20 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a document again, on the terminal or as one page with figures: profile, plan, check, sweep, tuning, simulation and the rest. Needs no torch."""
-    from planner.commands.show import gather, reported
     from planner.documents import load_document
-    from planner.files import check_writable
     from planner.report import terminal
-    from planner.report.show import show_document, write_page
 
-    if html is None:
-        if profile is not None or measured is not None:
-            raise BadInput("--profile and --measured are for a page, got no --html; add it, or drop them")
-        document = load_document(path)
-        terminal.print_json(document) if as_json else show_document(reported(document, path), path)
+    if html is not None:
+        planner.show(path, html, profile_path=profile, measured_path=measured)
+        terminal.print_json(load_document(path)) if as_json else terminal.show_saved(html)
         return
-    check_writable(html)
-    shown = gather(path, profile_path=profile, measured_path=measured)
-    write_page(shown, html)
-    terminal.print_json(shown.document) if as_json else terminal.show_saved(html)
+    if profile is not None or measured is not None:
+        raise BadInput("--profile and --measured are for a page, got no --html; add it, or drop them")
+    document = load_document(path)
+    if as_json:
+        terminal.print_json(document)
+    else:
+        from planner.commands.show import reported
+        from planner.report.show import show_document
+
+        show_document(reported(document, path), path)

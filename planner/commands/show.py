@@ -10,6 +10,7 @@ import numpy as np
 from planner.commands.import_bench import summarise
 from planner.documents import Document, kind_of, load_document
 from planner.errors import BadInput
+from planner.files import check_writable
 from planner.measurements import Profile, RoundSample, fingerprint, load_profile
 from planner.plans import Check, Interval, Plan, Sweep
 from planner.serving import ServingProfile, Summary
@@ -19,9 +20,12 @@ from planner.specs import DraftConfig, SparseKV, Workload
 Z90 = 1.645  # of a normal's central 90 %
 
 
-def show(path: str | Path) -> Document:
-    """Whatever a command wrote, read and checked; BadInput lists the kinds there are."""
-    return load_document(path)
+def show(path: str | Path, out: str | Path, *, profile_path: str | Path | None = None, measured_path: str | Path | None = None) -> None:
+    """Write a document's page: one self-contained HTML file. The arguments are those of `gather`."""
+    from planner.report.show import write_page
+
+    check_writable(out)
+    write_page(gather(path, profile_path=profile_path, measured_path=measured_path), out)
 
 
 def reported(document: Document, path: str | Path) -> Document | Summary:

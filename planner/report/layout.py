@@ -193,6 +193,21 @@ def _fold(text: str) -> str:
     return "\n".join(min(halves, key=lambda pair: max(map(len, pair))))
 
 
+# Charts
+
+
+def bars(intervals: Sequence[Interval], width: int, mark: float) -> list[str]:
+    """A line for each: # up to the low end, - to the high end, and | where `mark` is. ASCII, on one scale that begins at 0."""
+    most = max([mark, *(interval.high for interval in intervals)])
+    lines = []
+    for interval in intervals:
+        low, high, at = (round((width - 1) * max(0.0, bound) / most) for bound in (interval.low, interval.high, mark))
+        line = list(("#" * low + "-" * (high - low)).ljust(at + 1))
+        line[at] = "|"
+        lines.append("".join(line).rstrip())
+    return lines
+
+
 # Figures
 
 
