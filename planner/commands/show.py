@@ -86,7 +86,8 @@ def _of_plan(found: Shown, plan: Plan, profile_path: str | Path | None, measured
     from planner.search.objective import fit_models
 
     if profile_path is None:
-        estimates = [estimate for estimate in [plan.estimate, *plan.runners_up] if estimate.config.draft_len > 0]
+        named = {estimate.config: estimate for estimate in [plan.estimate, *plan.runners_up, *plan.by_draft_len]}
+        estimates = [estimate for config, estimate in named.items() if config.draft_len > 0]
         ties = [tie.config for tie in plan.ties]
         maps = [SpeedupMap(plan.workload, plan.objective, estimates, plan.baseline, plan.chosen, ties, plan.memory_cap_bytes)]
         found = found._replace(maps=maps)

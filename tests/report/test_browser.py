@@ -85,7 +85,8 @@ def test_the_numbers_in_the_page_are_the_documents(folder, tab):
         "[...document.querySelectorAll('figure')].find(f => f.querySelector('.tiles')).querySelector('button[data-copy]').dataset.copy"
     )
     header, *rows = [line.split(",") for line in copied.splitlines()]
-    estimates = [estimate for estimate in [plan["estimate"], *plan["runners_up"]] if estimate["config"]["draft_len"]]
+    named = {str(estimate["config"]): estimate for estimate in [plan["estimate"], *plan["runners_up"], *plan["by_draft_len"]]}
+    estimates = [estimate for estimate in named.values() if estimate["config"]["draft_len"]]
     at = header.index("predicted speedup x")
     assert [[float(x) for x in row[at : at + 3]] for row in rows] == [[e["speedup"][name] for name in ("value", "low", "high")] for e in estimates]
     shown = tab.value("[...document.querySelectorAll('.tiles .value')].map(e => e.textContent)")
