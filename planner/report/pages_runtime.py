@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from planner.measurements import Profile
 from planner.plans import Check, Estimate, Interval, Plan, Sweep
 from planner.report.figures import Rule, Series, chart, intervals, numbers
-from planner.report.html import Answer, Fact, Figure, Numbers, Tile, tiles
+from planner.report.html import Answer, Fact, Figure, Markup, Numbers, Tile, tiles
 from planner.report.layout import clean, format_interval, format_memory, format_percent
 from planner.shown import AcceptanceCurve, RoundCurve, Shown, SpeedupMap
 from planner.specs import (
@@ -208,18 +208,16 @@ def _map(one: SpeedupMap, measured: dict[DraftConfig, float] | None = None, whol
     return Figure(title, text, _tiles(f"Predicted speedup over plain decoding, {about}", cells), Numbers(columns, rows), wide=True, folded=folded)
 
 
-def _tiles(caption: str, cells: dict[DraftConfig, Tile]):
-    """Drafters and policies down, K across; larger budgets first."""
+def _tiles(caption: str, cells: dict[DraftConfig, Tile]) -> Markup:
+    """Drafters, policies and trees down, K across; larger budgets first."""
     lengths = sorted({config.draft_len for config in cells})
     rows: dict[tuple, dict[int, Tile]] = {}
     for config, tile in cells.items():
-        rows.setdefault((config.drafter, config.kv), {})[config.draft_len] = tile
-
-    def order(key: tuple[DrafterSpec, KVPolicy]) -> tuple:
-        drafter, kv = key
-        return describe_drafter(drafter), kv.selection if isinstance(kv, SparseKV) else "", -kv.budget if isinstance(kv, SparseKV) else 0, str(kv)
-
-    shown = [(clean(_policy(*key)), [rows[key].get(length) for length in lengths]) for key in sorted(rows, key=order)]
+        before, _, tree = describe(config).rpartition(f" K={config.draft_len}")
+        selection, budget = (config.kv.selection, -config.kv.budget) if isinstance(config.kv, SparseKV) else ("", 0)
+        order = describe_drafter(config.drafter), selection, budget, tree, str(config.kv)  # the last: sinks and the recent, which a name leaves out
+        rows.setdefault((*order, clean(before + tree)), {})[config.draft_len] = tile
+    shown = [(key[-1], [rows[key].get(length) for length in lengths]) for key in sorted(rows)]
     return tiles(caption, "drafter, kv budget", [f"K={length}" for length in lengths], shown)
 
 
