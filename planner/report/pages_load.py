@@ -66,13 +66,8 @@ def of_schedule(schedule: Schedule) -> tuple[Answer, list[Figure]]:
         facts.append(Fact("If a row is wrong", "nothing known", "no setting ties with a row's at 90 %"))
     if schedule.flips:
         flip = schedule.flips[0]
-        facts.append(
-            Fact(
-                "First change",
-                f"at concurrency {flip.concurrency}",
-                f"anywhere in {_span(flip.lowest, flip.highest)}: {describe_setting(flip.after)}",
-            )
-        )
+        text = f"or anywhere in {_span(flip.lowest, flip.highest)}, to {describe_setting(flip.after)}"
+        facts.append(Fact("First change at concurrency", str(flip.concurrency), text))
     if any(row.extrapolated for row in rows):
         facts.append(Fact("Extrapolated", f"{sum(row.extrapolated for row in rows)} of {len(rows)} rows", "reach beyond what was measured"))
     return Answer(headline, facts), _of_schedule(schedule)

@@ -41,7 +41,7 @@ def of_profile(shown: Shown, profile: Profile) -> tuple[Answer, list[Figure]]:
     facts = [
         Fact(
             f"{plan.workload.context_len} tokens, {describe_sampler(plan.workload.sampler)}",
-            f"{format_interval(plan.speedup, decimals=2)}" if plan.chosen.draft_len else "off",
+            format_interval(plan.speedup, decimals=2) if plan.chosen.draft_len else "off",
             f"{describe(plan.chosen)}; {_if_wrong(plan)[0]} if it is wrong",
         )
         for plan in shown.plans
@@ -63,7 +63,7 @@ def of_plan(shown: Shown, plan: Plan) -> tuple[Answer, list[Figure]]:
         facts.append(
             Fact(
                 "Expected speedup",
-                f"{format_interval(plan.speedup, decimals=2)}",
+                format_interval(plan.speedup, decimals=2),
                 f"times {way} as plain decoding, by {OBJECTIVES[plan.objective]}, predicted",
             )
         )
@@ -103,8 +103,8 @@ def of_check(check: Check) -> tuple[Answer, list[Figure]]:
         measured = Interval(value=1 + gain.value, low=1 + gain.low, high=1 + gain.high)
         name = OBJECTIVES[check.objective]
         facts = [
-            Fact("Measured speedup", f"{format_interval(measured, decimals=2)}", f"times as fast as plain decoding, by {name}, on the same texts"),
-            Fact("Predicted speedup", f"{format_interval(chosen.predicted.speedup, decimals=2)}", f"times as fast as plain decoding, by {name}"),
+            Fact("Measured speedup", format_interval(measured, decimals=2), f"times as fast as plain decoding, by {name}, on the same texts"),
+            Fact("Predicted speedup", format_interval(chosen.predicted.speedup, decimals=2), f"times as fast as plain decoding, by {name}"),
         ]
     facts += [
         Fact("Regret, %", format_percent(check.regret), f"against the best measured, {describe(check.best)}"),
@@ -127,7 +127,7 @@ def of_sweep(sweep: Sweep) -> tuple[Answer, list[Figure]]:
     facts = [
         Fact(
             "Measured speedup",
-            f"{format_interval(best.speedup, decimals=2)}",
+            format_interval(best.speedup, decimals=2),
             "times as fast as plain decoding, by time per token, on the same texts",
         ),
         Fact("Time per token, ms", format_interval(best.measured_tpot_s, 1e3), describe(sweep.best)),

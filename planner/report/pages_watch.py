@@ -88,7 +88,7 @@ def of_canary(canary: Canary) -> tuple[Answer, list[Figure]]:
     by = {"tpot": "time per token", "throughput": "tokens/s"}[canary.measure]
     cells = [(cell, cell.tpot_speedup if canary.measure == "tpot" else cell.throughput_speedup) for cell in canary.cells]
     facts = [
-        Fact(f"At {cell.concurrency}", f"{format_interval(speedup, decimals=2)}", f"by {by}, {cell.num_prompts} prompts: {cell.verdict}")
+        Fact(f"At {cell.concurrency}", format_interval(speedup, decimals=2), f"by {by}, {cell.num_prompts} prompts: {cell.verdict}")
         for cell, speedup in cells[:4]
     ]
     rows, table = [], []
