@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -125,7 +125,8 @@ def open_tab(folder: Path) -> Iterator[Tab]:
         yield tab
         tab._session = None
         tab("Browser.close")
-        process.wait(10)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
     finally:
         if process.poll() is None:
             process.kill()
