@@ -1,4 +1,4 @@
-# make quickstart | test | engines | clean. Each sets up .venv by itself where that is missing or out of date.
+# make quickstart | test | docs | engines | clean. Each sets up .venv by itself where that is missing or out of date.
 #   PYTHON=python3.12   the interpreter that makes .venv (`make clean` first, to change it)
 #   PIP_FLAGS=...       passed to every pip install
 
@@ -11,7 +11,7 @@ SERVER := .venv/.llama-server
 
 VALIDATORS := .venv-vllm/.installed .venv-sglang/.installed
 
-.PHONY: quickstart test engines clean
+.PHONY: quickstart test docs engines clean
 
 quickstart: $(STAMP)
 	.venv/bin/planner quickstart
@@ -20,6 +20,10 @@ quickstart: $(STAMP)
 # first. Each runs one thread (tests/conftest.py).
 test: $(STAMP) $(SERVER)
 	.venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# docs/cli.md and docs/schema, from the parser and the documents; a test says when they are out of date.
+docs: $(STAMP)
+	.venv/bin/python -m planner.cli.reference
 
 # Exports in the parsers of vLLM and SGLang themselves, and vLLM on the CPU drafting by an exported schedule. Opt-in: about 5 GB of
 # packages in two more environments, and minutes. Says what was installed, and how long each part took.

@@ -24,7 +24,7 @@ def expand(paths: list[str]) -> list[Path]:
         else:
             raise BadInput(f"a dataset must exist, {path} does not; check --dataset")
     if wrong := [file for file in files if file.suffix not in (".txt", ".jsonl")]:
-        raise BadInput(f"a dataset is a .txt file (raw text) or a .jsonl file (chats or prompts), got {wrong[0]}")
+        raise BadInput(f"a dataset is a .txt file (raw text) or a .jsonl file (a chat or prompt as JSON in each line), got {wrong[0]}; convert it")
     return files
 
 

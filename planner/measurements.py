@@ -302,15 +302,17 @@ def decode_checked(content: bytes, kind: type, schema_version: int, what: str, t
     try:
         head = msgspec.json.decode(content, type=Head)
         if head.kind != tag:
-            raise BadInput(f"{what} is {KINDS.get(head.kind, f'of an unknown kind, {_shortened(repr(head.kind))}')}; this needs {KINDS[tag]}")
+            raise BadInput(f"{what} is {KINDS.get(head.kind, f'of an unknown kind, {shortened(repr(head.kind))}')}; this needs {KINDS[tag]}")
         if head.schema_version != schema_version:
             raise BadInput(f"{what} has schema_version {head.schema_version}, this planner reads {schema_version}; make it again with this version")
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"{what} is not valid: {_shortened(str(error))}") from None
+        from planner.documents import other_kind  # which knows all kinds of files, and this module
+
+        raise BadInput(other_kind(content, kind, what) or f"{what} is not valid: {shortened(str(error))}") from None
 
 
-def _shortened(message: str) -> str:
+def shortened(message: str) -> str:
     """A message that may quote the file: its beginning says what is wrong, its end says where."""
     return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
 

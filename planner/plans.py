@@ -99,6 +99,7 @@ class Plan(Spec, kw_only=True):
     break_even_tokens_per_round: Real  # below this the best speculative configuration loses to plain decoding
     best_speculative: DraftConfig | None  # what the break-even is about: the choice, or the best refused in favour of off
     runners_up: list[Estimate]  # the next best, best first
+    by_draft_len: list[Estimate] = []  # chains of the best speculative drafter and kv policy, by every draft_len that may be used
     ties: list[Tie]
     rejected: list[Rejected]
     num_candidates: Count

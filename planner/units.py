@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from planner.errors import BadInput
 
@@ -52,7 +54,9 @@ def parse_numbers(text: str, kind: type, name: str) -> list:
     except ValueError:
         values = []
     if not values or not all(abs(value) <= MAX_NUMBER for value in values):
-        raise BadInput(f"{name} takes comma-separated {'whole numbers' if kind is int else 'numbers'}, got {text[:80]!r}")
+        raise BadInput(
+            f"{name} takes comma-separated {'whole numbers' if kind is int else 'numbers'}, got {text[:80]!r}; write for example 4096 or 1024,4096"
+        )
     return list(dict.fromkeys(values))
 
 
@@ -61,7 +65,7 @@ def parse_range(text: str, name: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(\d{1,18})(?:\s*\.\.\s*(\d{1,18}))?\s*", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last <= MAX_NUMBER:
-        raise BadInput(f"{name} takes a whole number from 1 up, or a range of them such as 1..256, got {text[:80]!r}")
+        raise BadInput(f"{name} takes a whole number from 1 up, or a range from low to high such as 1..256, got {text[:80]!r}")
     return first, last
 
 
@@ -80,6 +84,15 @@ def parse_limits(texts: list[str], known: tuple[str, ...], name: str) -> dict[st
             raise BadInput(f"{name} takes one limit of each kind, got two of {what}; drop one")
         limits[what] = limit
     return limits
+
+
+def meant(text: str, known: Iterable[str]) -> str:
+    """What a misspelt name may have meant, as the end of a message: those that begin with it or are spelt much like it; empty if none is."""
+    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in known}
+    own = re.sub(r"[\W_]", "", text[:100].lower())
+    begun = [name for key, name in plain.items() if own and key.startswith(own)]
+    near = begun or [plain[key] for key in get_close_matches(own, plain, n=3, cutoff=0.6)]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 def words(text: str) -> list[str]:

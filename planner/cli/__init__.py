@@ -28,13 +28,17 @@ for _command in (
     "tune",
     "export",
     "drift",
+    "diff",
     "sweep",
     "simulate",
     "replay",
     "generate",
+    "show",
     "import_",
     "train",
     "quickstart",
+    "demo",
+    "doctor",
 ):  # as --help lists them
     import_module(f"planner.cli.{_command}")
 
@@ -55,7 +59,7 @@ def main() -> None:
     rank = process_rank()
     try:
         with stoppable(), nullcontext() if rank == 0 else _silent():
-            app()
+            app(prog_name="planner")
     except (PlannerError, Stopped) as error:
         message = "; ".join([str(error), *getattr(error, "__notes__", [])])
         terminal.show_error(f"rank {rank}: {message}" if rank else message)  # the trouble may be that rank's alone

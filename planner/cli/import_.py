@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 import planner
-from planner.cli.app import app
+from planner.cli.app import Verbs, app
 from planner.cli.options import AsJson
 from planner.errors import BadInput
 
 imports = typer.Typer(
-    help="Measurements made elsewhere, as a profile.", no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=Verbs, help="Measurements made elsewhere, as a profile.", no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
 )
 app.add_typer(imports, name="import")
 

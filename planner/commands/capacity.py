@@ -79,6 +79,9 @@ def capacity(
         budgets = [None, *kv_budgets] if drafter.method in rules.windowed else [None]
         if kv_budgets and len(budgets) == 1:
             dropped.append(f"{rules.name} cannot give a {drafter.method} drafter a kv budget; {drafter.name} keeps and reads all keys")
+        whole = [budget for budget in budgets if budget is not None and budget >= context_len + output_len]
+        if whole:
+            dropped.append(f"a kv budget of {whole[0]} holds all {context_len + output_len} tokens of a request: {drafter.name} runs as without one")
         for budget in budgets:
             for draft_len in draft_lens:
                 rows.append(

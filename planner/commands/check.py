@@ -56,7 +56,8 @@ def run_check(
 ) -> Check:  # fmt: skip
     """The same with a model that is already loaded."""
     from planner.datasets import expand
-    from planner.profiler.device import complaints, read_environment
+    from planner.machine import complaints
+    from planner.profiler.device import read_environment
     from planner.profiler.energy import open_counter
     from planner.profiler.texts import draw_prompts
     from planner.profiler.trial import run_trials

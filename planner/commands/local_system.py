@@ -1,11 +1,11 @@
 """The device of this machine that a server started here will use: the first GPU that NVML sees, else the CPU. Needs no torch."""
 
 import os
-import platform
 from pathlib import Path
 
 from planner.commands.sizes import FRACTION
 from planner.errors import BadInput
+from planner.machine import cpu_name
 from planner.serving import SystemSpec
 
 DRIVER = Path("/dev/nvidiactl")  # there where an NVIDIA driver is loaded
@@ -38,8 +38,6 @@ def local_cpu() -> SystemSpec:
     """The CPU with all memory of the machine."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except (OSError, ValueError, AttributeError):
         raise BadInput(f"this machine does not say what memory it has; {REMEDY}") from None
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine() or "CPU")
-    return SystemSpec(name=name[:500], memory_bytes=memory, fraction=FRACTION)
+    return SystemSpec(name=cpu_name(), memory_bytes=memory, fraction=FRACTION)

@@ -106,7 +106,8 @@ def _check_single(objective: str) -> None:
 
 def check_objective(objective: str, price_per_hour: float | None) -> None:
     if objective not in OBJECTIVES:
-        raise BadInput(f"an objective is one of {', '.join(OBJECTIVES)}, got {objective!r}")
+        known = ", ".join(f"{name} ({words})" for name, words in OBJECTIVES.items())
+        raise BadInput(f"an objective is one of {known}, got {objective!r}")
     if price_per_hour is not None and not 0 < price_per_hour <= MAX_PRICE:  # not NaN either
         raise BadInput(
             f"a price per device-hour must be positive and at most {MAX_PRICE:.0e}, got {price_per_hour:g}; give for example --price-per-hour 2.5"

@@ -72,7 +72,8 @@ def measure(
 ) -> Profile:
     """The same with a model that is already loaded."""
     from planner.datasets import expand
-    from planner.profiler.device import complaints, describe_device, read_environment
+    from planner.machine import complaints
+    from planner.profiler.device import describe_device, read_environment
     from planner.profiler.latency import needs_memory
     from planner.profiler.texts import digest, draw_prompts
     from planner.runtime.weights import dtype_name

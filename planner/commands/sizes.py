@@ -16,11 +16,11 @@ from pathlib import Path
 from planner.commands.configs import valid
 from planner.commands.model_config import MAX_BYTES, Sized, config_size, gguf_size, own_layers_size
 from planner.errors import BadInput
-from planner.runtime.fields import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, one_line
+from planner.runtime.fields import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, one_line, where_from
 from planner.serving import ModelSize, SystemSpec
 from planner.systems import SYSTEMS
 from planner.trained import NAMES, SUFFIX, checkpoint_path, own_layers_path
-from planner.units import GIB
+from planner.units import GIB, meant
 
 FRACTION = 0.9  # of the memory, where nobody said: vLLM's default for most of its life, 0.92 of late
 
@@ -59,7 +59,7 @@ def read_system(text: str) -> tuple[SystemSpec, bool]:
         if head not in SYSTEMS:
             raise BadInput(
                 f"a system is one of {', '.join(SYSTEMS)}, or its memory as memory_gib=80,fraction=0.9 (optional: bandwidth_gb_s, tflops), "
-                f"got {one_line(head)}"
+                f"got {one_line(head)}{meant(head, SYSTEMS)}"
             )
         known = SYSTEMS[head]
         peaks = {"bandwidth_bytes_per_s": float(known.bandwidth_bytes_per_s), "flops_per_s": float(known.flops_per_s)}
@@ -170,6 +170,6 @@ def _existing(head: str) -> Path:
     elif not path.is_file():
         raise BadInput(
             f"a model is a Hugging Face folder, its config.json, a GGUF file, or num_layers=..,num_kv_heads=..,head_dim=..,weights_gib=..; "
-            f"nothing lies at {one_line(head)}"
+            f"nothing lies at {one_line(head)}{where_from(head)}"
         )
     return path

@@ -52,7 +52,8 @@ def sweep(
     For a batch, texts run side by side in groups of as many, and num_texts is rounded up to whole groups.
     """
     from planner.datasets import expand
-    from planner.profiler.device import complaints, describe_device, read_environment
+    from planner.machine import complaints
+    from planner.profiler.device import describe_device, read_environment
     from planner.profiler.texts import digest, draw_prompts
 
     if num_trials is not None and num_trials < 2:

@@ -28,7 +28,10 @@ def read_prompts(paths: list[str], *, count: int, context_len: int, seed: int, l
         by_kind[kind].append([prompts[i] for i in rng.permutation(len(prompts))])
     available = sum(len(prompts) for own in by_kind.values() for prompts in own)
     if available < (count if least is None else least):
-        raise BadInput(f"{count if least is None else least} prompts are needed, the dataset holds {available}; add files or lower --texts")
+        raise BadInput(
+            f"{count if least is None else least} prompts are needed, the dataset holds {available} (raw text counts by pieces of {context_len} tokens); "
+            "add files or lower --texts"
+        )
     return in_turn([in_turn(own, available) for own in by_kind.values()], min(count, available))
 
 

@@ -14,11 +14,9 @@ import torch
 
 import planner
 from planner.errors import BadInput
+from planner.machine import BUSY_SECONDS, cpu_name, gpu_state
 from planner.measurements import Environment
 from planner.specs import DeviceSpec
-
-BUSY_SHARE = 0.10  # of all cores, used by others: above this timings are not to be trusted
-BUSY_SECONDS = 0.5
 
 
 def find_device(name: str | None) -> torch.device:
@@ -26,7 +24,7 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
-        raise BadInput(f"a device is cpu, cuda or cuda:N, got {name!r}")
+        raise BadInput(f"a device is cpu, cuda or cuda:N, got {name!r}; take cuda for a GPU")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -40,7 +38,7 @@ def describe_device(device: torch.device) -> DeviceSpec:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return DeviceSpec(kind="cuda", name=properties.name, memory_bytes=properties.total_memory)
-    return DeviceSpec(kind="cpu", name=_cpu_name(), memory_bytes=psutil.virtual_memory().total, num_cores=torch.get_num_threads())
+    return DeviceSpec(kind="cpu", name=cpu_name(), memory_bytes=psutil.virtual_memory().total, num_cores=torch.get_num_threads())
 
 
 def read_environment(device: torch.device) -> Environment:
@@ -54,22 +52,8 @@ def read_environment(device: torch.device) -> Environment:
         num_threads=torch.get_num_threads() if device.type == "cpu" else None,
         busy_share=min(1.0, psutil.cpu_percent(interval=BUSY_SECONDS) / 100),  # this process sleeps meanwhile
         load_1min=os.getloadavg()[0],
-        gpu=_read_gpu(device) if device.type == "cuda" else {},
+        gpu=_read_gpu(device),
     )
-
-
-def complaints(environment: Environment) -> list[str]:
-    """Why timings taken now may mislead."""
-    found = []
-    if environment.busy_share is not None and environment.busy_share > BUSY_SHARE:
-        found.append(
-            f"other processes used {environment.busy_share:.0%} of the CPU just before the run: timings may mislead; measure again on an idle machine"
-        )
-    if environment.gpu.get("throttle_reasons"):
-        found.append(f"the GPU was throttled ({environment.gpu['throttle_reasons']}): timings may mislead; check power and cooling")
-    if environment.gpu.get("other_processes"):
-        found.append(f"{environment.gpu['other_processes']} other processes used the GPU: timings may mislead; stop them")
-    return found
 
 
 class PeakMemory:
@@ -116,28 +100,8 @@ def nvml_handle(device: torch.device) -> Iterator:
         pynvml.nvmlShutdown()
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine() or "CPU"
-
-
 def _read_gpu(device: torch.device) -> dict:
-    """Clocks, power and neighbours through NVML. Not run without a GPU."""
-    import pynvml
-
+    if device.type != "cuda":
+        return {}
     with nvml_handle(device) as handle:
-        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-        harmless = pynvml.nvmlClocksEventReasonGpuIdle | pynvml.nvmlClocksEventReasonApplicationsClocksSetting
-        others = [process for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if process.pid != os.getpid()]
-        return {
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "power_cap_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-            "throttle_reasons": f"0x{reasons & ~harmless:x}" if reasons & ~harmless else None,
-            "other_processes": len(others),
-        }
+        return gpu_state(handle)

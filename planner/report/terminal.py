@@ -25,6 +25,8 @@ from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Plan
 from planner.replays import ServedDrafter, ServedGroup, ServedReplay, UnitCosts
 from planner.report.layout import (
     Column,
+    Recorder,
+    bars,
     clean,
     format_interval,
     format_memory,
@@ -42,6 +44,7 @@ from planner.units import format_bytes
 MAX_ROWS = 6  # reasons of refusal, or failures, before "and N more"
 HASH_CHARS = 12  # of a sha256, enough to recognise a file
 REFRESH_S = 0.1
+CHART_WIDTH = 44  # columns of the bars; with K and the figures a chart fits 80
 
 
 # What everything goes through
@@ -68,6 +71,9 @@ def show_error(message: object) -> None:
 
 def show_warnings(warnings: Iterable[str]) -> None:
     """One line each on stderr, each warning once. Plain print: above a running progress bar rich redirects it."""
+    if isinstance(console := open_console(), Recorder):
+        put_lines(console, [("Warning", warning) for warning in dict.fromkeys(map(clean, warnings))])
+        return
     for warning in dict.fromkeys(map(clean, warnings)):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
@@ -90,6 +96,7 @@ def show_plan(plan: Plan, path: str | Path | None) -> None:
             estimates.append(estimate)
     roles = ["choice" if e.config == plan.chosen else "tie" if e.config in ties else "" for e in estimates]
     _show_estimates(console, estimates, roles)
+    _show_lengths(console, plan)
 
     lines = [("Choice", _choice(plan))]
     if plan.best_speculative is not None:
@@ -289,6 +296,11 @@ def show_replay(replay: ServedReplay, path: str | Path | None) -> None:
     put_lines(console, [*lines, ("Minutes", f"{replay.minutes:.1f}"), *saved_lines(path)])
 
 
+def show_saved(path: str | Path) -> None:
+    """Where a page lies."""
+    put_lines(open_console(), saved_lines(path))
+
+
 def show_files(files: Sequence[Path], minutes: float) -> None:
     """What a run wrote, and how long it took."""
     console = open_console()
@@ -381,6 +393,20 @@ def _show_estimates(console: Console, estimates: list[Estimate], roles: Sequence
     known = [column for column in costs if any(column.cell(row) for row in rows)]
     groups += [known] if known else []
     show_table(console, keys, groups, rows, lambda row: "bold" if row[1] == "choice" else "")
+
+
+def _show_lengths(console: Console, plan: Plan) -> None:
+    """Speedup by draft_len of the best speculative drafter, as a chart; nothing where only one length may be used."""
+    if len(plan.by_draft_len) < 2 or plan.best_speculative is None:
+        return
+    rows = [plan.baseline, *plan.by_draft_len]
+    drawn = dict(zip(map(id, rows), bars([row.speedup for row in rows], CHART_WIDTH, 1.0), strict=True))
+    own = plan.best_speculative
+    kv = f" {describe_kv(own.kv)}" if isinstance(own.kv, SparseKV) else ""
+    put_title(console, f"Speedup by K of {clean(describe_drafter(own.drafter))}{clean(kv)}: # the low end, - the interval, | plain decoding")
+    keys = [Column("K", lambda row: str(row.config.draft_len) if row.config.draft_len else "off")]
+    columns = [Column("speedup x", lambda row: format_interval(row.speedup, decimals=2)), Column("", lambda row: drawn[id(row)], right=False)]
+    show_table(console, keys, [columns], rows, lambda row: "bold" if row.config == plan.chosen else "")
 
 
 def _texts_table(profile: Profile) -> tuple[list[Column], list[list[Column]], list]:

@@ -1,6 +1,7 @@
 """Values of an untrusted file, each checked as it is taken out. A broken rule raises BadInput, which names the file and the field."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ MAX_WIDTH = MAX_VOCAB = 2**24
 MAX_CONTEXT = 2**32
 MAX_THETA = 1e15
 MAX_FACTOR = 1e6  # of rope scaling
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # as model hubs call models
 
 
 class Fields:
@@ -85,6 +87,11 @@ def read_json(path: Path) -> Any:
         return msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read as JSON: {one_line(error)}") from error
+
+
+def where_from(path: str) -> str:
+    """How to come by a model that is called as hubs call them, as the end of a message; empty for other paths."""
+    return "; nothing is fetched from a hub, download it first (hf download NAME --local-dir FOLDER)" if HUB_NAME.fullmatch(path) else ""
 
 
 def one_line(value: object) -> str:

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from planner.errors import BadInput
-from planner.runtime.fields import MAX_JSON_BYTES, MAX_VOCAB, MIB, Fields, one_line, read_json
+from planner.runtime.fields import MAX_JSON_BYTES, MAX_VOCAB, MIB, Fields, one_line, read_json, where_from
 from planner.runtime.gguf_file import read_gguf
 
 MAX_TEMPLATE_CHARS = 2**20  # published templates are under 20K
@@ -137,7 +137,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _from_folder(path)
     if os.path.isfile(path):
         return _from_gguf(path)
-    raise BadInput(f"a model must be an existing folder or GGUF file, got {path}; check the path")
+    raise BadInput(f"a model must be an existing folder or GGUF file, got {path}; check the path{where_from(str(path))}")
 
 
 # ---- chat templates

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from planner.errors import BadInput, MissingExtra
 from planner.runtime.config_json import folder_spec, read_config
-from planner.runtime.fields import MAX_WIDTH, MIB, Fields, one_line
+from planner.runtime.fields import MAX_WIDTH, MIB, Fields, one_line, where_from
 from planner.runtime.gguf_file import GGUFTensor, dequantized, read_gguf
 from planner.runtime.gguf_model import ROPE_FACTORS, gguf_name, gguf_spec
 from planner.runtime.model_spec import Overrides, checked_overrides
@@ -95,7 +95,7 @@ def _existing(path: str | Path) -> Path:
     if os.path.isdir(path):
         return path
     if not os.path.isfile(path):  # also for pipes and devices, which would never end
-        raise BadInput(f"a model must be an existing folder or GGUF file, got {path}; check the path")
+        raise BadInput(f"a model must be an existing folder or GGUF file, got {path}; check the path{where_from(str(path))}")
     if path.suffix in PICKLE_SUFFIXES:
         raise BadInput(f"pickle files are not read, got {path}; {PICKLE_REMEDY}")
     if path.suffix in (".safetensors", ".json"):

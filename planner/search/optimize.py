@@ -89,6 +89,7 @@ def make_plan(
         runners_up=_runners_up(chosen, [p for p in others if p is not baseline]),
         ties=find_ties(chosen, others, objective),
         rejected=rejected,
+        by_draft_len=_by_draft_len(speculative, feasible),
         num_candidates=len(feasible) + len(rejected),
         latency_error=models.latency.error(workload.batch),
         latency_form=models.latency.form(workload.batch),
@@ -152,6 +153,15 @@ def find_ties(chosen: Prediction, others: list[Prediction], objective: Objective
         )
     plain = [tie for tie in ties if tie.config == PLAIN]
     return [*plain, *(tie for tie in ties if tie.config != PLAIN)][:MAX_TIES]  # that it may not pay at all comes first
+
+
+def _by_draft_len(best: Prediction | None, feasible: list[Prediction]) -> list[Estimate]:
+    """What the best speculative drafter and policy do at each draft_len, as chains."""
+    if best is None:
+        return []
+    own = best.estimate.config
+    alike = [p.estimate for p in feasible if (p.estimate.config.drafter, p.estimate.config.kv, p.estimate.config.tree) == (own.drafter, own.kv, None)]
+    return sorted((estimate for estimate in alike if estimate.config.draft_len), key=lambda estimate: estimate.config.draft_len)
 
 
 def _what_settles(chosen: Prediction, other: Prediction, gap: Interval) -> str:
