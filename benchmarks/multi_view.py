@@ -83,7 +83,10 @@ def main() -> None:
             figures.setdefault(f"acceptance/{drafter}/{entry.context_len}/{budget}/{entry.temperature:g}", []).append(value)
     figures = {name: float(np.mean(values)) for name, values in figures.items()}
     for temperature in TEMPERATURES:  # over budgets and contexts: is one drafter as good as the best of the controls?
-        means = {name: np.mean([v for key, v in figures.items() if key.startswith(f"acceptance/{name}/") and key.endswith(f"/{temperature:g}")]) for name in TRAINED}
+        means = {
+            name: np.mean([v for key, v in figures.items() if key.startswith(f"acceptance/{name}/") and key.endswith(f"/{temperature:g}")])
+            for name in TRAINED
+        }
         figures |= {f"mean_acceptance/{name}/{temperature:g}": float(value) for name, value in means.items()}
         best = max((name for name in TRAINED if name != "multi_view"), key=means.__getitem__)
         tables[f"mean over budgets and contexts, temperature {temperature:g}"] = [
