@@ -47,7 +47,7 @@ VERBS = {  # words behind planner; {out} is a file or folder that is not there
     "demo": "demo -o {out}",
     "doctor": "doctor",
 }
-PASTED = re.compile(r"^(planner|export|--|\s*[A-Z_]+=)")  # lines that are to be copied stay whole
+PASTED = re.compile(r"^(planner |cd -- |--)")  # lines that are to be copied stay whole
 BENCH = "drafter,draft_len,concurrency,context_len,output_len,tpot_s\n,0,1,1000,128,0.02\neagle3,3,1,1000,128,0.01\n"
 
 
