@@ -1,7 +1,8 @@
 """Cost-aware planning of speculative decoding with a sparse drafter cache. Importing this does not import torch.
 
 The verbs are functions that return documents (docs/files.md): profile, plan, schedule (a plan by load), estimate, estimate_served,
-capacity, check, canary, drift, tune, sweep, simulate, replay, generate, export, import_bench, audit, diff, demo, doctor, quickstart.
+capacity, check, canary, drift, tune, sweep, simulate, replay, generate, export, import_bench, audit, diff, show,
+demo, doctor, quickstart.
 `load_document` reads any of their files. Values that they take stand here too: Workload, Sampler, SparseKV, DraftConfig, Settings, ..
 Every name is imported when it is first used; torch only by those that run a model.
 """
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # for checkers and editors, which do not run __getattr__
     from planner.commands.replay import replay as replay
     from planner.commands.schedule import estimate_served as estimate_served
     from planner.commands.schedule import schedule as schedule
+    from planner.commands.show import show as show
     from planner.commands.simulate import simulate as simulate
     from planner.commands.sweep import sweep as sweep
     from planner.commands.tune import tune as tune
@@ -75,6 +77,7 @@ _WHERE = {
     "generate": "planner.commands.generate",
     "export": "planner.commands.export",
     "AskedExport": "planner.commands.flags",
+    "show": "planner.commands.show",
     "tune": "planner.commands.tune",
     "AskedTune": "planner.commands.flags",
     "import_bench": "planner.commands.import_bench",

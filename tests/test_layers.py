@@ -62,6 +62,8 @@ RULES = {
             "drifts",
             "canaries",
             "tunings",
+            "documents",
+            "shown",
             "engine_rules",
             "systems",
         ),

@@ -42,6 +42,7 @@ VERBS = {  # words behind planner; {out} is a file or folder that is not there
     "generate": "generate --prompt x",
     "import bench": f"import bench bench.csv --model {MODEL} --system h100_sxm -o {{out}}",
     "import audit": "import audit bench.csv",
+    "show": "show static.plan.json",
     "diff": "diff served.json served.json",
     "quickstart": "quickstart -o {out}",
     "demo": "demo -o {out}",

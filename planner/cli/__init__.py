@@ -33,6 +33,7 @@ for _command in (
     "simulate",
     "replay",
     "generate",
+    "show",
     "import_",
     "quickstart",
     "demo",

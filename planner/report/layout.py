@@ -7,7 +7,9 @@ never reach the terminal.
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,20 +33,74 @@ def clean(text: object) -> str:
 # Output
 
 
-def open_console(stderr: bool = False) -> Console:
-    """A console on the present stdout or stderr that takes every string literally."""
+class Heading(NamedTuple):
+    text: str
+
+
+class Lines(NamedTuple):
+    lines: Sequence[tuple[str, str]]  # label and sentence
+
+
+class Grid(NamedTuple):
+    headers: list[str]  # with the unit; may have several lines
+    right: list[bool]
+    rows: list[list[str]]
+    strong: list[bool]  # rows that stand out
+
+
+class Pasted(NamedTuple):
+    text: str  # to be copied as it is
+
+
+class Recorder:
+    """Takes a report in a console's place, block by block, for a page that shows the same tables and sentences."""
+
+    def __init__(self):
+        self.blocks: list[Heading | Lines | Grid | Pasted] = []
+        self.file = self  # what is written as it is
+
+    def print(self, text: Text, **_) -> None:
+        self.blocks.append(Pasted(text.plain))
+
+    def write(self, text: str) -> None:
+        self.blocks.append(Pasted(text.rstrip("\n")))
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[Recorder]:
+    """While it lasts, reports go to a recorder and not to stdout."""
+    token = _recorder.set(Recorder())
+    try:
+        yield _recorder.get()
+    finally:
+        _recorder.reset(token)
+
+
+def open_console(stderr: bool = False) -> Console | Recorder:
+    """A console on the present stdout or stderr that takes every string literally; the recorder where a report is recorded."""
+    if not stderr and (recorder := _recorder.get()) is not None:
+        return recorder
     stream = sys.stderr if stderr else sys.stdout
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")  # a name that the terminal's encoding lacks must not end the report
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
-def put_title(console: Console, text: str) -> None:
+def put_title(console: Console | Recorder, text: str) -> None:
+    if isinstance(console, Recorder):
+        console.blocks.append(Heading(text))
+        return
     put(console, Text(text, style="bold", overflow="fold"))
 
 
-def put_lines(console: Console, lines: Sequence[tuple[str, str]]) -> None:
+def put_lines(console: Console | Recorder, lines: Sequence[tuple[str, str]]) -> None:
     """Labelled sentences, wrapped behind their labels; a label is shown once in a row of equal ones."""
+    if isinstance(console, Recorder):
+        console.blocks.append(Lines(lines))
+        return
     if not lines:
         return
     grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
@@ -78,13 +134,19 @@ class Column(NamedTuple):
 
 
 def show_table(
-    console: Console,
+    console: Console | Recorder,
     keys: Sequence[Column],  # repeated in every part
     groups: Sequence[Sequence[Column]],  # columns that stay together
     rows: Sequence[object],
     style: Callable[[object], str] = lambda row: "",
 ) -> None:
     """A table; where it is too wide for the console, several below each other, as many groups in each as fit."""
+    if isinstance(console, Recorder):
+        columns = [*keys, *(column for group in groups for column in group)]
+        cells = [[column.cell(row) for column in columns] for row in rows]
+        headers, right = [column.header for column in columns], [column.right for column in columns]
+        console.blocks.append(Grid(headers, right, cells, [bool(style(row)) for row in rows]))
+        return
     if not rows:
         put(console, Text("(none)"))
         return

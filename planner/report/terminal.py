@@ -25,6 +25,7 @@ from planner.plans import CONFIDENCE, Check, CheckCell, Estimate, Interval, Plan
 from planner.replays import ServedDrafter, ServedGroup, ServedReplay, UnitCosts
 from planner.report.layout import (
     Column,
+    Recorder,
     bars,
     clean,
     format_interval,
@@ -70,6 +71,9 @@ def show_error(message: object) -> None:
 
 def show_warnings(warnings: Iterable[str]) -> None:
     """One line each on stderr, each warning once. Plain print: above a running progress bar rich redirects it."""
+    if isinstance(console := open_console(), Recorder):
+        put_lines(console, [("Warning", warning) for warning in dict.fromkeys(map(clean, warnings))])
+        return
     for warning in dict.fromkeys(map(clean, warnings)):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
@@ -287,6 +291,11 @@ def show_replay(replay: ServedReplay, path: str | Path | None) -> None:
     else:
         lines.append(("Costs", f"round times of the profile with sha256 {clean(replay.costs.profile_sha256)[:HASH_CHARS]}"))
     put_lines(console, [*lines, ("Minutes", f"{replay.minutes:.1f}"), *saved_lines(path)])
+
+
+def show_saved(path: str | Path) -> None:
+    """Where a page lies."""
+    put_lines(open_console(), saved_lines(path))
 
 
 def show_files(files: Sequence[Path], minutes: float) -> None:
