@@ -54,9 +54,8 @@ def parse_numbers(text: str, kind: type, name: str) -> list:
     except ValueError:
         values = []
     if not values or not all(abs(value) <= MAX_NUMBER for value in values):
-        raise BadInput(
-            f"{name} takes comma-separated {'whole numbers' if kind is int else 'numbers'}, got {text[:80]!r}; write for example 4096 or 1024,4096"
-        )
+        what, example = ("whole numbers", "1024,4096") if kind is int else ("numbers", "0,0.7")
+        raise BadInput(f"{name} takes comma-separated {what}, got {text[:80]!r}; write for example {example}")
     return list(dict.fromkeys(values))
 
 

@@ -217,7 +217,7 @@ BAD = {
     "plan {good} --isl 1024 --memory-cap 24gb": "unit",
     "plan {good} --isl 1024 --memory-cap -1GiB": "unit",
     "plan {good} --isl 1024 --memory-cap 1e400GiB": "positive",
-    "plan {good} --isl 1024 --objective speed": "one of e2e, tpot, price, throughput, goodput, got 'speed'",
+    "plan {good} --isl 1024 --objective speed": "one of e2e .end-to-end time., tpot .*, got 'speed'",
     "plan {good} --isl 1024 --objective price": "price of a device-hour, got none; give --price-per-hour",
     "plan {good} --isl 1024 --price-per-hour 0": "positive and at most 1e.09, got 0",
     "plan {good} --isl 1024 --price-per-hour -2.5": "positive",

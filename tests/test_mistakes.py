@@ -31,7 +31,7 @@ MISTAKES = {  # what was typed -> what must be in the answer, all of it
     # units
     "plan own.json --isl 1024 --memory-cap 24": ["needs a number and a unit", "24GiB"],
     "plan own.json --isl 1024 --memory-cap 24gb": ["got '24gb'", "24GiB"],
-    "plan own.json --isl 4k": ["whole numbers, got '4k'", "4096"],
+    "plan own.json --isl 4k": ["whole numbers, got '4k'", "write for example 1024,4096"],
     "plan served.json --goodput tpot:50ms": ["limits in ms", "tpot:50 ttft:500"],
     "drift schedule.plan.json --metrics http://localhost:1 --window 600": ["a time above 0 with its unit", "15s"],
     BENCH.format(table="percent.csv"): ["percent.csv, line 3", "got 71", "write a share, not percent"],

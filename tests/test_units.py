@@ -141,7 +141,8 @@ def test_numbers_keep_their_order_and_come_once(text, kind, values):
 def test_other_lists_are_refused_with_the_flag_and_the_text(text, kind, wanted):
     with pytest.raises(BadInput) as refused:
         parse_numbers(text, kind, "--kv-budget")
-    assert str(refused.value) == f"--kv-budget takes comma-separated {wanted}, got {text!r}"
+    example = "1024,4096" if kind is int else "0,0.7"
+    assert str(refused.value) == f"--kv-budget takes comma-separated {wanted}, got {text!r}; write for example {example}"
 
 
 @seeded

@@ -48,7 +48,8 @@ VERBS = {  # words behind planner; {out} is a file or folder that is not there
     "demo": "demo -o {out}",
     "doctor": "doctor",
 }
-PASTED = re.compile(r"^(planner|export|--|\s*[A-Z_]+=)")  # lines that are to be copied stay whole
+ELSEWHERE = ("train ",)  # trainings have tests of their own
+PASTED = re.compile(r"^(planner |cd -- |--)")  # lines that are to be copied stay whole
 BENCH = "drafter,draft_len,concurrency,context_len,output_len,tpot_s\n,0,1,1000,128,0.02\neagle3,3,1,1000,128,0.01\n"
 
 
@@ -114,7 +115,8 @@ def finish() -> int:
 
 
 def test_no_verb_is_left_out():
-    assert {name.removesuffix(" by load") for name in VERBS} == set(verbs())
+    named = {name.removesuffix(" by load") for name in VERBS}
+    assert named <= set(verbs()) and {name for name in set(verbs()) - named if not name.startswith(ELSEWHERE)} == set()
 
 
 @pytest.mark.parametrize("name", VERBS)

@@ -48,9 +48,10 @@ def checked_settings(settings: Settings, session: Session) -> Settings:
             raise BadInput(f"a context has at least one token, got {context_len}; change --contexts")
         check_length(session, drafters, context_len, settings.output_len)
     longest = max(settings.contexts) + settings.output_len
-    if wide := [policy.budget for policy in settings.policies if policy.budget >= longest]:
+    least = min((policy.budget for policy in settings.policies), default=0)
+    if least >= longest:
         raise BadInput(
-            f"a kv budget must leave something out of {longest} tokens, the longest context and its output, got {wide[0]}; lower --kv-budgets"
+            f"a kv budget must leave something out of {longest} tokens, the longest context and its output, got {least}; lower --kv-budgets"
         )
     if settings.num_texts < MIN_TEXTS:
         raise BadInput(f"an interval needs at least {MIN_TEXTS} texts, got {settings.num_texts}; raise --texts")

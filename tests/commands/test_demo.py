@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -38,7 +39,6 @@ def test_half_of_the_table_goes_in_and_the_rest_is_predicted_within_some_percent
     assert (found.num_cells, found.num_seen, len(found.cells)) == (24, 12, 12)
     assert found.mean_error < 0.06 and found.inside >= 0.7
     assert found.rules[0].regret < min(rule.regret for rule in found.rules[1:]) / 3
-    assert found.seconds < 15
 
 
 def test_the_commands_it_names_give_the_same(found, capsys, monkeypatch, tmp_path):
@@ -54,6 +54,12 @@ def test_the_commands_it_names_give_the_same(found, capsys, monkeypatch, tmp_pat
     ]
     values = [estimate["output_tokens_per_s"]["value"] for estimate in estimated["estimates"]]
     assert values == pytest.approx([cell.predicted.value for cell in found.cells])
+
+
+def test_it_takes_seconds(tmp_path):
+    began = time.process_time()  # of this process, whatever else runs
+    planner.demo(tmp_path / "demo")
+    assert time.process_time() - began < 15
 
 
 def test_the_table_agrees_with_itself_and_names_its_source():
