@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from planner.errors import BadInput
 from planner.files import read_bytes, write_whole
+from planner.kinds import kind_by_class, kind_by_fields, other_kind
 from planner.specs import Count, DeviceSpec, DrafterSpec, DraftLen, DType, KVPolicy, ModelSpec, Positive, Sampler, Size, Spec, Weights
 
 SCHEMA_VERSION = 1
@@ -22,13 +23,6 @@ Name = Annotated[str, Meta(max_length=500)]
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 Natural = Annotated[int, Meta(ge=0, le=2**40)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-
-KINDS = {  # of files, by their field "kind"
-    None: "a file of the own runtime (`planner profile`, `planner plan`)",
-    "schedule": "a schedule (`planner plan --max-concurrency A..B`)",
-    "tree": "the costs of an adaptive tree (`planner export`)",
-    "serving": "a profile of a serving engine (`planner import bench`), which `planner plan` and `planner estimate` read",
-}
 
 MIN_DISTINCT_4GRAMS = 0.6  # below this a text repeats itself, and repetition inflates acceptance
 
@@ -302,13 +296,13 @@ def decode_checked(content: bytes, kind: type, schema_version: int, what: str, t
     try:
         head = msgspec.json.decode(content, type=Head)
         if head.kind != tag:
-            raise BadInput(f"{what} is {KINDS.get(head.kind, f'of an unknown kind, {shortened(repr(head.kind))}')}; this needs {KINDS[tag]}")
+            found = kind_by_fields(msgspec.json.decode(content, type=dict[str, msgspec.Raw]), head.kind)
+            is_ = found or f"of an unknown kind{'' if head.kind is None else f', {shortened(repr(head.kind))}'}"
+            raise BadInput(f"{what} is {is_}; this needs {kind_by_class(kind)}")
         if head.schema_version != schema_version:
             raise BadInput(f"{what} has schema_version {head.schema_version}, this planner reads {schema_version}; make it again with this version")
         return msgspec.json.decode(content, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        from planner.documents import other_kind  # which knows all kinds of files, and this module
-
         raise BadInput(other_kind(content, kind, what) or f"{what} is not valid: {shortened(str(error))}") from None
 
 

@@ -69,6 +69,7 @@ RULES = {
             "shown",
             "engine_rules",
             "systems",
+            "kinds",
             "draft_trees",
         ),
         TORCH,

@@ -20,7 +20,7 @@ MISTAKES = {  # what was typed -> what must be in the answer, all of it
     "plan static.plan.json": ["static.plan.json is a plan (`planner plan`)", "this needs a profile (`planner profile`)"],
     "check own.json --dataset x.txt": ["own.json is a profile (`planner profile`)", "this needs a plan (`planner plan`)"],
     "plan good.csv": ["a table is no JSON", "`planner import bench` makes profiles of tables"],
-    "export served.json --engine vllm -o out": ["a profile of a serving engine", "planner plan"],
+    "export served.json --engine vllm -o out": ["a serving profile", "planner plan"],
     "diff own.json served.json": ["a profile and a serving profile", "give two profiles"],
     "plan own.json --isl 1024 -o nowhere/plan.json": ["the folder of the output file must exist", "create it or change --out"],
     "export schedule.plan.json --engine vllm -o full": ["full holds 'a'", "change -o"],

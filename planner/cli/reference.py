@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from planner.cli import app  # with all commands
-from planner.documents import KINDS
+from planner.documents import VALUES
 
 DOCS = Path(__file__).parents[2] / "docs"
 CLI, SCHEMAS = "cli.md", "schema"
@@ -26,8 +26,8 @@ Tab completes commands and flags after `planner --install-completion`.
 def documents() -> Iterator[tuple[str, str]]:
     """Path below docs/ and content of everything that is made from the code."""
     yield CLI, "\n".join([HEAD, *(_command(name, command) for name, command in commands().items())])
-    for kind in KINDS:
-        yield f"{SCHEMAS}/{kind.name.replace(' ', '_')}.json", json.dumps(msgspec.json.schema(kind.type), indent=1) + "\n"
+    for kind, value in VALUES.items():
+        yield f"{SCHEMAS}/{kind.name.replace(' ', '_')}.json", json.dumps(msgspec.json.schema(value), indent=1) + "\n"
 
 
 def commands() -> dict:

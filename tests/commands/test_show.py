@@ -10,11 +10,11 @@ from made_documents import write_documents
 
 from planner.cli import main
 from planner.commands.show import gather
-from planner.documents import KINDS, load_document
+from planner.documents import VALUES, load_document
 from planner.errors import BadInput
 from planner.report import terminal
 
-EVERY = [kind.name for kind in KINDS]
+EVERY = [kind.name for kind in VALUES]
 BROKEN = {
     "nothing": ("", "known are profile"),
     "a list": ("[]", "known are profile"),

@@ -12,7 +12,7 @@ import pytest
 from made_documents import DRAFTER, NAME, about, renamed, write_documents
 
 from planner.commands.show import gather
-from planner.documents import KINDS, load_document
+from planner.documents import VALUES, load_document
 from planner.plans import Interval
 from planner.report.figures import PALETTE, Rule, Series, chart, intervals
 from planner.report.html import Answer, Figure, Numbers, Page, Tile, element, render, tiles, to_csv
@@ -20,7 +20,7 @@ from planner.report.show import compose
 
 pytest.importorskip("matplotlib")
 
-EVERY = [kind.name for kind in KINDS]
+EVERY = [kind.name for kind in VALUES]
 HOSTILE = {
     "script": "<script>alert(1)</script><img src=x onerror=alert(2)>",
     "attribute": "\" onmouseover='alert(3)' x=\"",
@@ -82,7 +82,7 @@ def check_harmless(page: str) -> Reader:
 
 def test_there_is_a_document_of_every_kind(documents):
     assert set(documents) == set(EVERY)
-    assert all(type(load_document(documents[kind.name])) is kind.type for kind in KINDS)
+    assert all(type(load_document(documents[kind.name])) is value for kind, value in VALUES.items())
 
 
 @pytest.mark.parametrize("kind", EVERY)
