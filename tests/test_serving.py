@@ -36,11 +36,11 @@ def test_the_wrong_kind_is_named_with_what_reads_it(tmp_path, serving, own):
     save_profile(own, tmp_path / "own.json")
     for load in (load_profile, load_plan):
         with pytest.raises(
-            BadInput, match="serving.json is a profile of a serving engine .*which `planner plan` and `planner estimate` read; this needs"
+            BadInput, match="serving.json is a serving profile .`planner import bench`.; this needs a p"
         ):
             load(tmp_path / "serving.json")
     with pytest.raises(
-        BadInput, match=r"own.json is a file of the own runtime .*; this needs a profile of a serving engine \(`planner import bench`\)"
+        BadInput, match=r"own.json is a profile .`planner profile`.; this needs a serving profile \(`planner import bench`\)"
     ):
         load_serving_profile(tmp_path / "own.json")
 

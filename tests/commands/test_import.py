@@ -129,8 +129,8 @@ def test_commands_of_the_own_runtime_say_what_a_serving_profile_is(run, folder):
 
     assert run(*bench("table.csv"))[0] == 0
     code, out, err = run("check", "profile.json", "--dataset", "table.csv")
-    assert (code, out) == (2, "") and err.startswith("error: plan profile.json is a profile of a serving engine") and err.count("\n") == 1
-    with pytest.raises(BadInput, match="is a profile of a serving engine"):
+    assert (code, out) == (2, "") and err.startswith("error: plan profile.json is a serving profile") and err.count("\n") == 1
+    with pytest.raises(BadInput, match="is a serving profile"):
         _costs(folder / "profile.json", [], None)  # what `replay --profile` reads first
 
 
