@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for checkers and editors, which do not run __getattr__
     from planner.commands.flags import AskedTune as AskedTune
     from planner.commands.generate import generate as generate
     from planner.commands.import_bench import import_bench as import_bench
+    from planner.commands.materialize import materialize as materialize
     from planner.commands.plan import estimate as estimate
     from planner.commands.plan import plan as plan
     from planner.commands.profile import profile as profile
@@ -37,6 +38,9 @@ if TYPE_CHECKING:  # for checkers and editors, which do not run __getattr__
     from planner.commands.show import show as show
     from planner.commands.simulate import simulate as simulate
     from planner.commands.sweep import sweep as sweep
+    from planner.commands.train_block_diffusion import train_block_diffusion as train_block_diffusion
+    from planner.commands.train_multi_view import train_multi_view as train_multi_view
+    from planner.commands.train_texts import train_texts as train_texts
     from planner.commands.tune import tune as tune
     from planner.documents import load_document as load_document
     from planner.errors import BadInput as BadInput
@@ -80,6 +84,10 @@ _WHERE = {
     "show": "planner.commands.show",
     "tune": "planner.commands.tune",
     "AskedTune": "planner.commands.flags",
+    "train_texts": "planner.commands.train_texts",
+    "train_multi_view": "planner.commands.train_multi_view",
+    "train_block_diffusion": "planner.commands.train_block_diffusion",
+    "materialize": "planner.commands.materialize",
     "import_bench": "planner.commands.import_bench",
     "audit": "planner.commands.audit",
     "diff": "planner.commands.diff",

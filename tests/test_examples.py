@@ -69,6 +69,19 @@ def test_a_server_is_tuned(run, monkeypatch):
     assert out.splitlines()[0] == "4 at once: K=3, +90 % over off" and "--speculative-config" in out
 
 
+def test_a_drafter_is_trained_and_written(run, tmp_path):
+    pytest.importorskip("torch")
+    from tiny import write_model
+
+    write_model(tmp_path / "model", num_layers=3, max_context_len=512)
+    (tmp_path / "text.txt").write_text(" ".join(f"the {n} of the sea is {n * n}" for n in range(40)))
+    (tmp_path / "held.txt").write_text(" ".join(f"a {n} on the sand was {n + n}" for n in range(80)))
+    out = run("train_drafter", "model", "text.txt", "held.txt", "out", steps=2, length=240, continuation=32, budgets=[(48, 1.0)])
+    lines = out.splitlines()
+    assert lines[0].endswith("texts of 240 tokens") and lines[2].startswith("step 2: loss ") and "0/full" in lines[2]
+    assert "out/drafter/model.safetensors" in lines and (tmp_path / "out/drafter/tokenizer.json").is_file()
+
+
 def test_two_gpus_are_compared(run, tmp_path):
     served = served_profile()
     faster = [replace(cell, tpot_s=cell.tpot_s / 2, itl_s=cell.itl_s / 2, output_tokens_per_s=2 * cell.output_tokens_per_s) for cell in served.cells]

@@ -35,13 +35,9 @@ def test_each_kind_is_read_as_what_it_says_it_is(tmp_path, serving, own):
 def test_the_wrong_kind_is_named_with_what_reads_it(tmp_path, serving, own):
     save_profile(own, tmp_path / "own.json")
     for load in (load_profile, load_plan):
-        with pytest.raises(
-            BadInput, match="serving.json is a serving profile .`planner import bench`.; this needs a p"
-        ):
+        with pytest.raises(BadInput, match="serving.json is a serving profile .`planner import bench`.; this needs a p"):
             load(tmp_path / "serving.json")
-    with pytest.raises(
-        BadInput, match=r"own.json is a profile .`planner profile`.; this needs a serving profile \(`planner import bench`\)"
-    ):
+    with pytest.raises(BadInput, match=r"own.json is a profile .`planner profile`.; this needs a serving profile \(`planner import bench`\)"):
         load_serving_profile(tmp_path / "own.json")
 
 
