@@ -20,9 +20,8 @@ from planner.cost.renewal import expected_rounds
 from planner.files import Journal
 from planner.profiler.acceptance import replay, write_texts
 from planner.profiler.texts import draw_prompts
-from planner.runtime.model import Transformer, build_model, prefill
-from planner.runtime.own_layers import load_own_layers, read_header
-from planner.runtime.weights import Checkpoint
+from planner.runtime.model import Transformer, prefill
+from planner.runtime.own_layers import load_own_layers, on_target, read_header
 from planner.specs import DraftConfig, DrafterSpec, FullKV, KVPolicy, Sampler, SparseKV
 from planner.training.multi_view import cut, own_weights
 
@@ -172,8 +171,7 @@ def _configs(drafters: list[str]) -> dict[str, DraftConfig]:
 
 def _untrained(model: Transformer, layers: list[int]) -> Transformer:
     drafter = cut(model, layers)
-    own = {name: tensor.to(model.dtype) for name, tensor in own_weights(drafter).items()}
-    return build_model(Checkpoint(drafter.spec, own | {"model.embed_tokens.weight": model.embedding}, "untrained"), model.kernels)
+    return on_target(model, drafter.spec, own_weights(drafter), model.dtype, "untrained")
 
 
 def _row(cell: list[Done], field: str, budget: str) -> dict[str, str]:

@@ -55,16 +55,12 @@ def _met(session: Session, drafter: "Transformer", texts: list, policies: list[S
     import numpy as np
 
     from planner.runtime.drafters.draft_model import DraftModelDrafter
-    from planner.runtime.model import build_model
-    from planner.runtime.weights import Checkpoint
+    from planner.runtime.own_layers import on_target
     from planner.specs import FullKV
     from planner.training.multi_view import own_weights
 
     target, found = session.model, {}
-    tensors = {name: tensor.to(target.dtype) for name, tensor in own_weights(drafter).items()} | {"model.embed_tokens.weight": target.embedding}
-    if not target.spec.tie_embeddings:
-        tensors["lm_head.weight"] = target.head.restored(target.dtype)
-    now = build_model(Checkpoint(drafter.spec, tensors, "training"), target.kernels)
+    now = on_target(target, drafter.spec, own_weights(drafter), target.dtype, "training")
     for kv in [*policies, FullKV()]:
         budget = kv.budget if isinstance(kv, SparseKV) else "full"
         for text in texts:

@@ -41,10 +41,17 @@ def load_own_layers(path: Path, target: Transformer, dtype: torch.dtype, kernels
     """
     header = read_header(path)
     check_target(path, header, target.spec)
-    tensors = own_tensors(path, header, dtype, target.device) | {"model.embed_tokens.weight": target.embedding.to(dtype)}
-    if not header.spec.tie_embeddings:
-        tensors["lm_head.weight"] = target.head.restored(dtype)
-    drafter = build_model(Checkpoint(header.spec, tensors, own_fingerprint(path, header)), kernels or target.kernels, target.special_tokens)
+    return on_target(target, header.spec, own_tensors(path, header, dtype, target.device), dtype, own_fingerprint(path, header), kernels)
+
+
+def on_target(
+    target: Transformer, spec: ModelSpec, tensors: dict[str, Tensor], dtype: torch.dtype, fingerprint: str, kernels: Kernels | None = None
+) -> Transformer:  # fmt: skip
+    """The drafter of own layers, by Hugging Face names, that runs in dtype on a target of their shape."""
+    whole = {name: tensor.to(dtype) for name, tensor in tensors.items()} | {"model.embed_tokens.weight": target.embedding.to(dtype)}
+    if not spec.tie_embeddings:
+        whole["lm_head.weight"] = target.head.restored(dtype)
+    drafter = build_model(Checkpoint(spec, whole, fingerprint), kernels or target.kernels, target.special_tokens)
     if dtype == target.dtype:
         drafter.head = target.head  # in as many bits as the target's
     return drafter
