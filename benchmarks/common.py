@@ -11,6 +11,12 @@ import msgspec
 
 SHARED = Path(os.environ.get("PLANNER_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
+# Texts under texts() that no shipped drafter was trained on.
+HELD_OUT = [
+    "books/frankenstein.txt", "books/news_from_nowhere.txt", "books/guernsey_folk_lore.txt", "books/beethoven_letters_2.txt",
+    "meetings/qmsum_academic_Bmr006.txt", "meetings/qmsum_academic_Bed015.txt", "code/py_pydecimal.txt", "code/py_language_reference_topics.txt",
+]  # fmt: skip
+
 
 class Shown(NamedTuple):
     """What a part of a benchmark has to say."""
@@ -25,6 +31,11 @@ def texts() -> str:
         print(f"skipped: {SHARED / 'texts'} does not exist; put .txt files there or set PLANNER_SHARED to the folder above them", file=sys.stderr)
         raise SystemExit(0)
     return str(SHARED / "texts")
+
+
+def held_out() -> list[Path]:
+    """Files of real text for drafters that were trained on others."""
+    return [Path(texts()) / name for name in HELD_OUT]
 
 
 def measured(name: str = "") -> Path:

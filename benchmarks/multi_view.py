@@ -1,9 +1,10 @@
 """Does a drafter trained on many cache budgets survive a small cache? Acceptance by drafter, budget, context and temperature.
 
-The shipped multi-view drafter of SmolLM2-135M beside the same layers trained for as many steps with the full cache alone, with
-the smallest budget alone and with the largest alone, the same layers untrained, self_sparse and n-gram: all replayed along the
-same continuations of texts that none of them was trained on. Budgets keep chunks by the last key, the selection of the training.
-Intervals are 90 %, over texts; + and - mark cells that differ from multi_view beyond the interval of the paired difference.
+Three layers of SmolLM2-135M trained on many budgets (multi_view), as many steps with the full cache alone, with the smallest
+budget alone and with the largest alone; the shipped drafter, which is multi_view trained on; the same layers untrained,
+self_sparse and n-gram: all replayed along the same continuations of texts that none of them was trained on. Budgets keep chunks
+by the last key, the selection of the training. Intervals are 90 %, over texts; + and - mark cells that differ from multi_view
+beyond the interval of the paired difference.
 About 25 minutes on two cores; what is finished stands in --journal, and --resume goes on from it.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from common import make_parser, progress, report_tables, texts
+from common import held_out, make_parser, progress, report_tables
 from scipy import stats
 
 from planner.commands.session import open_session
@@ -20,43 +21,37 @@ from planner.cost.renewal import expected_rounds
 from planner.files import Journal
 from planner.profiler.acceptance import replay, write_texts
 from planner.profiler.texts import draw_prompts
+from planner.runtime.drafters.protocol import TargetText
 from planner.runtime.model import Transformer, prefill
-from planner.runtime.own_layers import load_own_layers, on_target, read_header
-from planner.specs import DraftConfig, DrafterSpec, FullKV, KVPolicy, Sampler, SparseKV
+from planner.runtime.own_layers import load_own_layers, on_target
+from planner.specs import DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV
+from planner.trained import own_layers_path, read_header
 from planner.training.multi_view import cut, own_weights
 
 CONTEXTS, TEMPERATURES, BUDGETS = [2048, 4096, 8000], [0.0, 1.0], [64, 128, 256, 512, 1024]  # the model has 8192 positions
 NUM_TEXTS, OUTPUT_LEN, DRAFT_LEN, GROUP = 12, 96, 4, 6
-CONTROLS = Path(__file__).with_name("multi_view")
-SHIPPED = Path(__file__).parents[1] / "planner" / "trained" / "smollm2-multi-view.safetensors"
-TRAINED = {
-    "multi_view": SHIPPED,
-    "full_alone": CONTROLS / "full_alone.safetensors",
-    "smallest_alone": CONTROLS / "smallest_alone.safetensors",
-    "largest_alone": CONTROLS / "largest_alone.safetensors",
-}
-HELD_OUT = [
-    "books/frankenstein.txt", "books/news_from_nowhere.txt", "books/guernsey_folk_lore.txt", "books/beethoven_letters_2.txt",
-    "meetings/qmsum_academic_Bmr006.txt", "meetings/qmsum_academic_Bed015.txt", "code/py_pydecimal.txt", "code/py_language_reference_topics.txt",
-]  # fmt: skip
+EQUAL_STEPS = ("multi_view", "full_alone", "smallest_alone", "largest_alone")
+TRAINED = {name: str(Path(__file__).with_name("multi_view") / f"{name}.safetensors") for name in EQUAL_STEPS} | {"shipped": "smollm2-multi-view"}
+DRAFTERS = [*TRAINED, "untrained", "self_sparse", "ngram"]
 
 
 class Done(msgspec.Struct):
-    """One continuation, judged."""
+    """One continuation, as one drafter accepts it."""
 
     text: int
     context_len: int
     temperature: float
+    drafter: str
+    fingerprint: str  # of its weights
     distinct_4grams: float
-    first_draft: dict[str, float]  # "drafter budget" -> mean chance that a round's first draft is accepted
+    first_draft: dict[str, float]  # by budget: mean chance that a round's first draft is accepted
     rounds_per_token: dict[str, float]  # at DRAFT_LEN
 
 
 class DoneHeader(msgspec.Struct):
-    """What must agree for a run to be resumed."""
+    """What must agree for a run to be resumed; drafters may come, go and be trained again."""
 
-    fingerprints: list[str]
-    configs: list[DraftConfig]
+    fingerprint: str  # of the target
     num_texts: int
 
 
@@ -65,55 +60,64 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, default=Path("multi_view.journal.jsonl"))
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run with the same journal stopped")
     parser.add_argument("--texts", type=int, default=NUM_TEXTS, help="continuations per context and temperature")
+    parser.add_argument("--drafters", default=",".join(DRAFTERS), help="some of %(default)s; multi_view is the one others are compared with")
     arguments = parser.parse_args()
-    done = measure(arguments.journal, arguments.resume, arguments.texts)
+    drafters = [name for name in DRAFTERS if name in arguments.drafters.split(",")]
+    if len(drafters) < len(arguments.drafters.split(",")) or "multi_view" not in drafters:
+        parser.error(f"drafters are some of {', '.join(DRAFTERS)}, multi_view among them, got {arguments.drafters}")
+    done = measure(arguments.journal, arguments.resume, arguments.texts, drafters)
+    by_cell = {}
+    for entry in done:
+        by_cell.setdefault((entry.context_len, entry.temperature), {}).setdefault(entry.drafter, {})[entry.text] = entry
     tables, figures = {}, {}
     for temperature in TEMPERATURES:
         for title, field in (("acceptance of a round's first draft", "first_draft"), (f"tokens per round, K = {DRAFT_LEN}", "rounds_per_token")):
             rows = []
             for context_len in CONTEXTS:
-                cell = [entry for entry in done if (entry.context_len, entry.temperature) == (context_len, temperature)]
                 for budget in [*map(str, BUDGETS), "full"]:
-                    rows.append({"context": context_len, "budget": budget} | _row(cell, field, budget))
-            tables[f"{title}, temperature {temperature:g}, {len(cell)} texts a cell"] = rows
+                    rows.append({"context": context_len, "budget": budget} | _row(by_cell[context_len, temperature], field, budget))
+            tables[f"{title}, temperature {temperature:g}, {arguments.texts} texts a cell"] = rows
     for entry in done:
-        for name, value in entry.first_draft.items():
-            drafter, budget = name.split(" ")
-            figures.setdefault(f"acceptance/{drafter}/{entry.context_len}/{budget}/{entry.temperature:g}", []).append(value)
+        for budget, value in entry.first_draft.items():
+            figures.setdefault(f"acceptance/{entry.drafter}/{entry.context_len}/{budget}/{entry.temperature:g}", []).append(value)
     figures = {name: float(np.mean(values)) for name, values in figures.items()}
+    trained = [name for name in drafters if name in TRAINED]
     for temperature in TEMPERATURES:  # over budgets and contexts: is one drafter as good as the best of the controls?
         means = {
             name: np.mean([v for key, v in figures.items() if key.startswith(f"acceptance/{name}/") and key.endswith(f"/{temperature:g}")])
-            for name in TRAINED
+            for name in trained
         }
         figures |= {f"mean_acceptance/{name}/{temperature:g}": float(value) for name, value in means.items()}
-        best = max((name for name in TRAINED if name != "multi_view"), key=means.__getitem__)
+        best = max((name for name in trained if name in EQUAL_STEPS[1:]), key=means.__getitem__, default="multi_view")
         tables[f"mean over budgets and contexts, temperature {temperature:g}"] = [
             {"drafter": name, "acceptance": f"{value:.3f}", "multi_view - it": _mean_gap(done, temperature, name)} for name, value in means.items()
         ]
         figures[f"multi_view_minus_best_control/{temperature:g}"] = float(means["multi_view"] - means[best])
-    repetitive = sum(entry.distinct_4grams < 0.6 for entry in done)
-    progress(f"{repetitive} of {len(done)} continuations repeat themselves (distinct 4-grams below 0.6)")
+    written = {(entry.text, entry.context_len, entry.temperature): entry.distinct_4grams for entry in done}
+    progress(f"{sum(value < 0.6 for value in written.values())} of {len(written)} continuations repeat themselves (distinct 4-grams below 0.6)")
     report_tables(tables, figures, arguments.json)
 
 
-def measure(journal_path: Path, resume: bool, num_texts: int) -> list[Done]:
-    files = [Path(texts()) / name for name in HELD_OUT]
+def measure(journal_path: Path, resume: bool, num_texts: int, names: list[str]) -> list[Done]:
     session = open_session("smollm2")
     model = session.model
-    drafters = {name: load_own_layers(path, model, model.dtype) for name, path in TRAINED.items()}
-    drafters["untrained"] = _untrained(model, read_header(SHIPPED).layers)
+    drafters = {name: load_own_layers(own_layers_path(TRAINED[name]), model, model.dtype) for name in names if name in TRAINED}
+    if "untrained" in names:
+        drafters["untrained"] = _untrained(model, read_header(own_layers_path(TRAINED["multi_view"])).layers)
     model.beside |= {(name, None): drafter for name, drafter in drafters.items()}
-    configs = _configs(list(drafters))
-    header = DoneHeader([model.fingerprint, *(drafter.fingerprint for drafter in drafters.values())], list(configs.values()), num_texts)
-    journal = Journal(journal_path, header, resume=resume)
-    done = list(journal.entries(Done))
-    known = {(entry.text, entry.context_len, entry.temperature) for entry in done}
-    prompts = draw_prompts(session.tokenizer, files, length=max(CONTEXTS), count=num_texts, seed=0)
+    prints = {name: drafters[name].fingerprint if name in drafters else model.fingerprint for name in names}
+    journal = Journal(journal_path, DoneHeader(model.fingerprint, num_texts), resume=resume)
+    done = [entry for entry in journal.entries(Done) if prints.get(entry.drafter) == entry.fingerprint]
+    known = {(entry.text, entry.context_len, entry.temperature, entry.drafter) for entry in done}
+    prompts = draw_prompts(session.tokenizer, held_out(), length=max(CONTEXTS), count=num_texts, seed=0)
     for first in range(0, num_texts, GROUP):
         group = prompts[first : first + GROUP]
-        cells = [(c, t) for c in CONTEXTS for t in TEMPERATURES if any((first + b, c, t) not in known for b in range(len(group)))]
-        if not cells:
+        missing = {
+            (c, t): {(b, name) for b in range(len(group)) for name in names if (first + b, c, t, name) not in known}
+            for c in CONTEXTS
+            for t in TEMPERATURES
+        }
+        if not any(missing.values()):
             continue
         cache = model.new_cache(max(CONTEXTS) + OUTPUT_LEN, batch=len(group))
         for begin, context_len in zip([0, *CONTEXTS], CONTEXTS):
@@ -122,7 +126,7 @@ def measure(journal_path: Path, resume: bool, num_texts: int) -> list[Done]:
             for b, prompt in enumerate(group):
                 logits.append(prefill(model, torch.tensor([prompt.tokens[begin:context_len]]), stream := cache.stream(b)))
             cache.lengths = list(stream.lengths) * len(group)
-            for temperature in (t for c, t in cells if c == context_len):
+            for temperature in (t for t in TEMPERATURES if missing[context_len, t]):
                 cache.lengths = [context_len] * len(group)
                 seeds = [1000 * TEMPERATURES.index(temperature) + first + b for b in range(len(group))]
                 written = write_texts(
@@ -130,43 +134,37 @@ def measure(journal_path: Path, resume: bool, num_texts: int) -> list[Done]:
                     seeds=seeds,
                 )  # fmt: skip
                 for b, (text, target_text) in enumerate(written):
-                    if (first + b, context_len, temperature) in known:
-                        continue
-                    entry = _judged(model, target_text, configs, first + b, text.distinct_4grams)
-                    journal.add(entry)
-                    done.append(entry)
+                    for name in (name for name in names if (b, name) in missing[context_len, temperature]):
+                        entry = _judged(model, target_text, name, prints[name], first + b, text.distinct_4grams)
+                        journal.add(entry)
+                        done.append(entry)
+                    target_text.prompt_caches.clear()
                     progress(f"text {first + b + 1} of {num_texts}, context {context_len}, temperature {temperature:g}")
             cache.lengths = [context_len] * len(group)
     return done
 
 
-def _judged(model: Transformer, text, configs: dict[str, DraftConfig], number: int, distinct: float) -> Done:
+def _judged(model: Transformer, text: TargetText, drafter: str, fingerprint: str, number: int, distinct: float) -> Done:
     first, rounds = {}, {}
-    for name, config in configs.items():
+    for budget, config in _configs(drafter).items():
         sample = replay(model, text, config, number)
         chance, drafted = sample.accept_prob.unpack() / 255, sample.drafted.unpack().astype(int)
-        first[name] = float((chance[:, 0] * (drafted > 0)).mean())
-        rounds[name] = float(expected_rounds(chance[None], drafted[None], DRAFT_LEN).rounds[0]) / len(chance)
-    text.prompt_caches.clear()
-    return Done(number, len(text.prompt), text.sampler.temperature, distinct, first, rounds)
+        first[budget] = float((chance[:, 0] * (drafted > 0)).mean())
+        rounds[budget] = float(expected_rounds(chance[None], drafted[None], DRAFT_LEN).rounds[0]) / len(chance)
+    return Done(number, len(text.prompt), text.sampler.temperature, drafter, fingerprint, distinct, first, rounds)
 
 
-def _configs(drafters: list[str]) -> dict[str, DraftConfig]:
-    """By "drafter budget"."""
-
-    def kept(budget: int | None, **extra) -> KVPolicy:
-        return FullKV() if budget is None else SparseKV(budget=budget, selection="chunk", **extra)
-
-    found = {}
-    for budget in [*BUDGETS, None]:
-        for name in drafters:
-            spec = DrafterSpec(kind="draft_model", path=name)
-            kv = FullKV() if budget is None else kept(budget, storage="evict")
-            found[f"{name} {budget or 'full'}"] = DraftConfig(drafter=spec, kv=kv, draft_len=DRAFT_LEN)
-        if budget is not None:
-            found[f"self_sparse {budget}"] = DraftConfig(drafter=DrafterSpec(kind="self_sparse"), kv=kept(budget), draft_len=DRAFT_LEN)
-    found["ngram full"] = DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=DRAFT_LEN)
-    return found
+def _configs(drafter: str) -> dict[str, DraftConfig]:
+    """By budget, what a drafter is judged at."""
+    if drafter == "ngram":
+        return {"full": DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=DRAFT_LEN)}
+    if drafter == "self_sparse":  # with the full cache it is the target
+        spec, storage, full = DrafterSpec(kind="self_sparse"), "retain", {}
+    else:
+        spec, storage = DrafterSpec(kind="draft_model", path=drafter), "evict"
+        full = {"full": DraftConfig(drafter=spec, kv=FullKV(), draft_len=DRAFT_LEN)}
+    policies = {str(budget): SparseKV(budget=budget, selection="chunk", storage=storage) for budget in BUDGETS}
+    return {budget: DraftConfig(drafter=spec, kv=kv, draft_len=DRAFT_LEN) for budget, kv in policies.items()} | full
 
 
 def _untrained(model: Transformer, layers: list[int]) -> Transformer:
@@ -174,34 +172,35 @@ def _untrained(model: Transformer, layers: list[int]) -> Transformer:
     return on_target(model, drafter.spec, own_weights(drafter), model.dtype, "untrained")
 
 
-def _row(cell: list[Done], field: str, budget: str) -> dict[str, str]:
-    """The drafters at one budget, those that differ from multi_view marked."""
+def _row(cell: dict[str, dict[int, Done]], field: str, budget: str) -> dict[str, str]:
+    """The drafters at one budget, those that differ from multi_view marked. cell  by drafter and text"""
     row = {}
-    ours = np.array([getattr(entry, field)[f"multi_view {budget}"] for entry in cell])
-    for drafter in [*TRAINED, "untrained", "self_sparse", "ngram"]:
-        if f"{drafter} {budget}" not in getattr(cell[0], field):
+
+    def values(drafter: str) -> np.ndarray:
+        return np.array([getattr(entry, field)[budget] for _, entry in sorted(cell[drafter].items())])
+
+    ours = values("multi_view")
+    for drafter, entries in cell.items():
+        if budget not in getattr(entries[0], field):
             row[drafter] = ""
             continue
-        values = np.array([getattr(entry, field)[f"{drafter} {budget}"] for entry in cell])
-        gap, half = (values - ours).mean(), _half_width(values - ours)
+        own = values(drafter)
+        gap, half = (own - ours).mean(), _half_width(own - ours)
         better = gap > 0 if field == "first_draft" else gap < 0
         mark = " " if drafter == "multi_view" or abs(gap) <= half else "+" if better else "-"
         if field == "first_draft":
-            row[drafter] = f"{values.mean():.3f} +-{_half_width(values):.3f}{mark}"
+            row[drafter] = f"{own.mean():.3f} +-{_half_width(own):.3f}{mark}"
         else:
-            row[drafter] = f"{1 / values.mean():.2f}{mark}"
+            row[drafter] = f"{1 / own.mean():.2f}{mark}"
     return row
 
 
 def _mean_gap(done: list[Done], temperature: float, control: str) -> str:
     """The paired difference of means over budgets, by text and context."""
-    gaps = {}
-    for entry in done:
-        if entry.temperature == temperature:
-            own = [entry.first_draft[f"multi_view {b}"] - entry.first_draft[f"{control} {b}"] for b in [*BUDGETS, "full"]]
-            gaps.setdefault(entry.text, []).append(np.mean(own))
-    values = np.array([np.mean(own) for own in gaps.values()])
-    return "" if control == "multi_view" else f"{values.mean():+.3f} +-{_half_width(values):.3f}"
+    found = {(e.drafter, e.text, e.context_len): np.mean(list(e.first_draft.values())) for e in done if e.temperature == temperature}
+    numbers = {text for _, text, _ in found}
+    gaps = np.array([np.mean([found["multi_view", text, c] - found[control, text, c] for c in CONTEXTS]) for text in sorted(numbers)])
+    return "" if control == "multi_view" else f"{gaps.mean():+.3f} +-{_half_width(gaps):.3f}"
 
 
 def _half_width(values: np.ndarray) -> float:

@@ -68,6 +68,9 @@ def multi_view(
     taught: Texts,
     out: Out,
     model: Model = "smollm2",
+    begin: Annotated[
+        str | None, typer.Option(metavar="DRAFTER", help="Begin as a drafter that was trained before; default: as layers of the target.")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Layers of the target that the drafter is cut from; default: the first two and the last.")
     ] = None,
@@ -118,7 +121,7 @@ def multi_view(
     with terminal.progress("train multi-view", quiet=quiet) as progress:
         log = train_multi_view(
             model, taught, out, settings=settings, training=schedule, held_out=paths(held_out or []), context_len=held_out_isl,
-            budgets=parse_numbers(held_out_budgets, int, "--held-out-budgets"), look_every=look_every, device=device, progress=progress,
+            budgets=parse_numbers(held_out_budgets, int, "--held-out-budgets"), look_every=look_every, begin=begin, device=device, progress=progress,
         )  # fmt: skip
     terminal.print_json({"log": log, "folder": str(out)}) if as_json else training.show_training(log, out)
 

@@ -6,11 +6,15 @@ the drafter's own layers. Needs the extra [runtime].
 
 from pathlib import Path
 
+import msgspec
+
 from planner.commands.configs import valid
 from planner.commands.progress import Progress, Silent
 from planner.commands.session import Session, open_session
 from planner.commands.training_run import Met, Run, followed, held_out_texts, training_folder
+from planner.errors import BadInput
 from planner.specs import SparseKV
+from planner.trained import own_layers_path, read_header
 
 DRAFTER = "drafter.safetensors"
 HELD_OUT_DRAFT_LEN = 4
@@ -19,9 +23,12 @@ HELD_OUT_DRAFT_LEN = 4
 def train_multi_view(
     model: str, texts: str | Path, out: str | Path, *, settings: "MultiViewSettings", training: "TrainSettings",  # noqa: F821
     held_out: list[str] = (), context_len: int = 1024, temperatures: list[float] = (0.0, 1.0), budgets: list[int] = (64, 256), look_every: int = 200,
-    device: str | None = None, progress: Progress = Silent(),
+    begin: str | None = None, device: str | None = None, progress: Progress = Silent(),
 ) -> list[Met]:  # fmt: skip
-    """Train, or go on with what `out` holds; what held-out texts accepted on the way."""
+    """Train, or go on with what `out` holds; what held-out texts accepted on the way.
+
+    begin  own layers that the drafter begins as, of an earlier training; None: the target's
+    """
     session = open_session(model, device=device, whole=True)
     import torch
 
@@ -31,11 +38,13 @@ def train_multi_view(
 
     folder, ranks = training_folder(out), session.ranks
     taught = TaughtTexts(texts, session.model)
+    drafter, settings = _begun(begin, settings, session.model)
     settings = settings.filled(session.target.num_layers, taught.manifest.settings.length)
     policies = [valid(SparseKV, budget=budget, selection=settings.selection, storage="evict") for budget in budgets]
-    drafter = multi_view.cut(session.model, settings.layers)
+    drafter = drafter or multi_view.cut(session.model, settings.layers)
     parts = multi_view.MultiView(drafter, taught, settings, torch.bfloat16 if training.autocast else torch.float32)
-    run = Run(target=session.model.fingerprint, texts=taught.digest, settings=settings, training=training, ranks=ranks.size)
+    began = None if begin is None else drafter.fingerprint
+    run = Run(target=session.model.fingerprint, texts=taught.digest, settings=settings, training=training, ranks=ranks.size, begin=began)
     watched = held_out_texts(session, held_out, taught.manifest.settings.files, context_len, temperatures) if held_out and ranks.rank == 0 else []
 
     def look() -> tuple[dict[str, float], dict[str, float]]:
@@ -48,6 +57,26 @@ def train_multi_view(
         card = {"run": run, "log": log, "trained": "multi-view" if settings.budgets else "full cache alone"}
         save_own_layers(folder / DRAFTER, drafter.spec, settings.layers, multi_view.own_weights(drafter), card)
     return log
+
+
+def _begun(
+    begin: str | None,
+    settings: "MultiViewSettings",
+    target: "Transformer",  # noqa: F821
+) -> tuple["Transformer | None", "MultiViewSettings"]:  # noqa: F821
+    """A drafter that was trained before, to be trained on, and the settings with its layers."""
+    if begin is None:
+        return None, settings
+    import torch
+
+    from planner.runtime.own_layers import load_own_layers
+    from planner.training.multi_view import cut
+
+    if settings.layers is not None:
+        raise BadInput(f"a drafter that begins as {begin} has that one's layers, got --layers {','.join(map(str, settings.layers))}; drop it")
+    path = own_layers_path(begin)
+    earlier = load_own_layers(path, target, torch.float32)
+    return cut(earlier, list(range(earlier.spec.num_layers))), msgspec.structs.replace(settings, layers=read_header(path).layers)
 
 
 def _met(session: Session, drafter: "Transformer", texts: list, policies: list[SparseKV]) -> dict[str, float]:  # noqa: F821

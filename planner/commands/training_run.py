@@ -16,7 +16,7 @@ CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 HELD_OUT_TOKENS, HELD_OUT_TEXTS = 128, 4
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
+class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What decides a training: a checkpoint of another is refused."""
 
     target: str  # fingerprint
@@ -24,6 +24,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     settings: msgspec.Struct
     training: "TrainSettings"  # noqa: F821  planner.training.trainer
     ranks: int
+    begin: str | None = None  # fingerprint of the drafter that it began as; None: layers of the target
 
 
 class Met(msgspec.Struct, frozen=True, kw_only=True):

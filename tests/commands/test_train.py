@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file
 from tiny import write_model
 
 from planner.cli import main
@@ -73,6 +74,14 @@ def test_a_drafter_is_trained_and_written_and_drafts(files, texts, run):
     code, _, err = run(f"train multi-view {{texts}} --model {{model}} -o {{out}} {TRAIN.replace('--steps 4', '--steps 5')}")
     assert code == 2 and "other settings" in err
 
+    again = TRAIN.replace("--steps 4", "--steps 1") + " --learning-rate 1e-9 --begin {out}/drafter.safetensors"
+    code, _, err = run(f"train multi-view {{texts}} --model {{model}} -o {{folder}}/more {again} --device cpu --quiet")
+    assert code == 0, err
+    more = files["folder"] / "more" / "drafter.safetensors"
+    assert read_header(more).layers == header.layers and read_header(more).card["run"]["begin"]
+    for (name, weight), other in zip(load_file(drafter).items(), load_file(more).values(), strict=True):
+        torch.testing.assert_close(weight, other, msg=name)  # a rate of nothing leaves it as it began
+
     code, out, err = run("train materialize {out}/drafter.safetensors -o {folder}/checkpoint --model {model} --json")
     assert code == 0, err
     assert {name.rpartition("/")[2] for name in json.loads(out)["written"]} == {
@@ -106,6 +115,8 @@ def test_a_drafter_is_trained_and_written_and_drafts(files, texts, run):
         ("train multi-view {texts} --model {model} -o {junk}", "--out"),
         ("train multi-view {texts} --model {model} -o {folder}/r --layers 0,3", "0 to 2"),
         ("train multi-view {texts} --model {model} -o {folder}/r --layers one", "--layers"),
+        ("train multi-view {texts} --model {model} -o {folder}/r --begin {folder}/none.safetensors", "check the path"),
+        ("train multi-view {texts} --model {model} -o {folder}/r --begin {out}/drafter.safetensors --layers 0,1", "--layers"),
         ("train multi-view {texts} --model {model} -o {folder}/r --budgets 48:much", "--budgets"),
         ("train multi-view {texts} --model {model} -o {folder}/r --budgets 8", "--budgets"),
         ("train multi-view {texts} --model {model} -o {folder}/r --selection best", "--selection"),

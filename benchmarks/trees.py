@@ -1,0 +1,158 @@
+"""Is an adaptive draft tree worth its name, and does the planner choose rightly between chains and trees?
+
+SmolLM2-135M, OUTPUT_LEN tokens behind prompts that the profile did not see and that no shipped drafter was trained on. By
+context and temperature the plan's profile names the arms: the best chain, of one drafter the best tree of each size and the
+adaptive one (by --family, or the drafter of the best tree), and what the planner chooses among all. They and plain decoding
+follow each other on every text, each text beginning with another arm. At temperature 0 only texts whose plain continuation
+has distinct 4-grams of at least MIN_DISTINCT are taken: repetition flatters every drafter.
+Ratios are paired over texts, intervals 90 %; the best fixed size is picked from the same numbers, which flatters it.
+About 20 minutes on two idle cores with the committed profile.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from common import held_out, make_parser, progress, report_tables
+from msgspec.structs import replace
+
+import planner
+from planner.commands.session import Session, load_drafters, open_session
+from planner.errors import BadInput
+from planner.plans import Trial
+from planner.profiler.texts import Prompt, distinct_4grams, draw_prompts
+from planner.profiler.trial import run_trials
+from planner.runtime.decode import decode
+from planner.runtime.drafters import make_drafter
+from planner.runtime.model import prefill
+from planner.search.compare import objective_by_text, paired_ratio
+from planner.search.objective import Models, fit_models, predict
+from planner.search.optimize import candidates, tree_candidates
+from planner.specs import PLAIN, AdaptiveTree, DraftConfig, Sampler, Workload, describe
+
+PROFILE = Path(__file__).parents[1] / "profiles" / "intel-xeon-2-cores" / "trees__smollm2-135m.json"
+CONTEXTS, TEMPERATURES, SIZES = [2048, 4096], [0.0, 0.7, 1.0], [8, 16, 32, 64]
+OUTPUT_LEN, NUM_TEXTS, MIN_DISTINCT, SEED = 96, 8, 0.6, 1
+
+
+class Arm(NamedTuple):
+    config: DraftConfig
+    predicted_s: float  # per token
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--profile", type=Path, default=PROFILE, help="with --tree-sizes (default: the committed one)")
+    parser.add_argument("--texts", type=int, default=NUM_TEXTS, help="per context and temperature")
+    parser.add_argument("--family", help="kind of the drafter whose trees are compared, such as dflash; default: that of the best tree")
+    parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
+    arguments = parser.parse_args()
+    profile = planner.load_profile(arguments.profile)
+    models = fit_models(profile)
+    session = open_session(profile.model, dtype=profile.dtype, execution=profile.execution_mode, weights=profile.weights)
+    if session.model.fingerprint != profile.target_fingerprint:
+        raise SystemExit(f"the profile is of model {profile.target_fingerprint}, this one is {session.model.fingerprint}; profile it again")
+    tables, figures = {}, {}
+    for context_len in map(int, arguments.contexts.split(",")):
+        prefilled = {}  # each text once for all temperatures
+        for temperature in TEMPERATURES:
+            workload = Workload(context_len=context_len, output_len=OUTPUT_LEN, sampler=Sampler(temperature=temperature))
+            plan = planner.plan(arguments.profile, context_len=context_len, output_len=OUTPUT_LEN, temperature=temperature, objective="tpot")
+            arms = choose_arms(models, workload, arguments.family)
+            arms["planned"] = Arm(plan.chosen, plan.estimate.tpot_s.value)
+            configs = list(dict.fromkeys(arm.config for arm in arms.values()))
+            load_drafters(session, [config.drafter for config in configs])
+            prompts = draw(session, context_len, temperature, arguments.texts, plan.seen_texts)
+            longest = max(64, *(config.verified for config in configs))
+            trials = []
+            for trial in run_trials(
+                session.model, prompts, configs, workload.sampler, output_len=OUTPUT_LEN, stop_tokens=(), seed=SEED, prefilled=prefilled,
+                longest=longest,
+            ):  # fmt: skip
+                trials.append(trial)
+                progress(f"{context_len}/{temperature:g}: {len(trials)} of {len(prompts) * len(configs)}")
+            rows, found = judged(arms, trials)
+            tables[f"context {context_len}, temperature {temperature:g}, {len(prompts)} texts"] = rows
+            for name, value in found.items():
+                kind, _, arm = name.partition("/")
+                figures["/".join([kind, str(context_len), f"{temperature:g}", *([arm] if arm else [])])] = value
+    report_tables(tables, figures, arguments.json)
+
+
+def choose_arms(models: Models, workload: Workload, family: str | None) -> dict[str, Arm]:
+    """By the profile alone: plain, the best chain, the best tree of each size and the adaptive one, of one drafter."""
+
+    def best(configs: list[DraftConfig]) -> Arm | None:
+        arms = []
+        for config in configs:
+            try:
+                arms.append(Arm(config, predict(models, config, workload).estimate.tpot_s.value))
+            except BadInput:  # not profiled for this workload
+                continue
+        return min(arms, key=lambda arm: arm.predicted_s, default=None)
+
+    trees, _ = tree_candidates(models, workload)
+    trees = [config for config in trees if family in (None, config.drafter.kind)]
+    if (first := best(trees)) is None:
+        raise SystemExit(f"the profile holds no trees{f' of {family}' if family else ''} at {workload.context_len} tokens; profile with --tree-sizes")
+    own = [config for config in trees if config.drafter == first.config.drafter]
+    arms = {"plain": best([PLAIN]), "chain": best(candidates(models))}
+    for size in SIZES:
+        arms[f"tree_{size}"] = best([config for config in own if not isinstance(config.tree, AdaptiveTree) and config.tree.size == size])
+    arms["adaptive"] = best([config for config in own if isinstance(config.tree, AdaptiveTree)])
+    return {name: arm for name, arm in arms.items() if arm is not None}
+
+
+def draw(session: Session, context_len: int, temperature: float, count: int, seen: list[str]) -> list[Prompt]:
+    """Unseen prompts; at temperature 0 those that are not answered by repetition."""
+    if temperature > 0:
+        return draw_prompts(session.tokenizer, held_out(), length=context_len, count=count, seed=SEED, seen=seen)
+    kept, model, among = [], session.model, draw_prompts(session.tokenizer, held_out(), length=context_len, count=4 * count, seed=SEED, seen=seen)
+    for number, prompt in enumerate(among, 1):
+        cache = model.new_cache(context_len + OUTPUT_LEN + 1)
+        logits = prefill(model, torch.tensor([prompt.tokens]), cache)
+        rounds = decode(
+            model, cache, [prompt.tokens], logits, make_drafter(PLAIN, model), draft_len=0, sampler=Sampler(temperature=0),
+            generators=[torch.Generator()], max_new_tokens=OUTPUT_LEN,
+        )  # fmt: skip
+        if distinct_4grams([token for round_ in rounds for token in round_.tokens[0]]) >= MIN_DISTINCT:
+            kept.append(prompt)
+        if len(kept) == count:
+            break
+    progress(f"{len(kept)} of {number} texts are continued without repetition")
+    return kept
+
+
+def judged(arms: dict[str, Arm], trials: list[Trial]) -> tuple[list[dict], dict[str, float]]:
+    table = objective_by_text(trials, "tpot")
+    means = {name: float(np.mean(list(table[arm.config].values()))) for name, arm in arms.items()}
+    fixed = [name for name in arms if name.startswith("tree_")]
+    best_fixed, best = min(fixed, key=means.__getitem__), min(means, key=means.__getitem__)
+    rows, figures = [], {f"tpot_ms/{name}": 1000 * value for name, value in means.items() if name != "planned"}
+    for name, arm in arms.items():
+        own = [trial for trial in trials if trial.config == arm.config]
+        gain = paired_ratio(table[arms["plain"].config], table[arm.config])
+        adaptive = isinstance(arm.config.tree, AdaptiveTree)
+        shown = describe(replace(arm.config, tree=None)) + " adaptive" if adaptive else describe(arm.config)
+        rows.append({
+            "arm": name, "configuration": shown, "measured, ms/token": f"{1000 * means[name]:.2f}",
+            "speedup": f"{1 + gain.value:.3f} [{1 + gain.low:.3f}, {1 + gain.high:.3f}]",
+            "tokens/round": f"{1 + np.mean([n for trial in own for n in trial.accepted]):.2f}" if arm.config.draft_len else "1.00",
+            "nodes/round": f"{np.mean([n for trial in own for n in trial.drafted]):.1f}",
+            "predicted, ms/token": f"{1000 * arm.predicted_s:.2f}",
+        })  # fmt: skip
+    for kind, one, other in (
+        ("adaptive_vs_best_fixed", "adaptive", best_fixed),
+        ("planned_vs_best", "planned", best),
+        ("planned_vs_chain", "planned", "chain"),
+    ):
+        if one in arms:
+            ratio = paired_ratio(table[arms[one].config], table[arms[other].config])
+            figures |= {kind: 1 + ratio.value, f"{kind}_upper": 1 + ratio.high}
+    speedup = paired_ratio(table[arms["plain"].config], table[arms["planned"].config])
+    return rows, figures | {"planned_speedup": 1 + speedup.value, "planned_speedup_lower": 1 + speedup.low}
+
+
+if __name__ == "__main__":
+    main()
