@@ -60,10 +60,8 @@ def train_multi_view(
 
 
 def _begun(
-    begin: str | None,
-    settings: "MultiViewSettings",
-    target: "Transformer",  # noqa: F821
-) -> tuple["Transformer | None", "MultiViewSettings"]:  # noqa: F821
+    begin: str | None, settings: "MultiViewSettings", target: "Transformer",  # noqa: F821
+) -> tuple["Transformer | None", "MultiViewSettings"]:  # noqa: F821  # fmt: skip
     """A drafter that was trained before, to be trained on, and the settings with its layers."""
     if begin is None:
         return None, settings
