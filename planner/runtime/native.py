@@ -98,7 +98,7 @@ class NativeKernels(Kernels):
         if table is not None and matrix.scales is not None and rows > _most_rows(matrix) and x.dtype == self._dtype:
             weight = x.new_empty(out, width)
             self._functions["restore"](ctypes.byref(table), weight.data_ptr())
-            return F.linear(x, weight)
+            return F.linear(x.contiguous(), weight)
         if table is None or rows > _most_rows(matrix) or not self._takes(x):
             return super().linear(x, matrix)
         y = x.new_empty(*x.shape[:-1], out)
