@@ -14,6 +14,7 @@ from planner.specs import (
     CACHED,
     LOADED,
     QUANTIZED,
+    REDUCIBLE,
     DraftConfig,
     DrafterSpec,
     FullKV,
@@ -38,7 +39,7 @@ def make_config(asked: Asked, profiled: Sequence[tuple[DrafterSpec, KVPolicy]] =
     variants = list(dict.fromkeys(own for own, _ in profiled if own.kind == asked.drafter and _agrees(own, given)))
     if len(variants) > 1:
         names = "; ".join(describe_drafter(variant) for variant in variants)
-        flags = "--draft-model, --draft-dtype and --drafter-weights" if asked.drafter in LOADED else "--drafter-weights and --drafter-vocab"
+        flags = "--draft-model, --draft-dtype, " * (asked.drafter in LOADED) + "--drafter-weights and --drafter-vocab"
         raise BadInput(f"the profile holds several drafters ({names}); choose one with {flags}")
     drafter = variants[0] if variants else drafter_spec(asked.drafter, path, asked.draft_dtype, asked.drafter_weights or "full", asked.drafter_vocab)
     return valid(DraftConfig, drafter=drafter, kv=_policy(asked, [kv for own, kv in profiled if own == drafter]), draft_len=asked.draft_len)
@@ -94,18 +95,18 @@ def drafter_specs(asked: AskedGrid, weights: str) -> list[DrafterSpec]:
     if asked.draft_dtype is not None and not asked.draft_model:
         raise BadInput(f"--draft-dtype goes with a draft model, got {asked.draft_dtype} without one; give --draft-model or drop it")
     sizes = [None if word == "all" else parse_numbers(word, int, "--drafter-vocabs")[0] for word in words(asked.drafter_vocabs)]
+
+    def variants(kind: str, usual: str, path: str | None = None, dtype: str | None = None) -> list[DrafterSpec]:
+        bits = words(asked.drafter_weights or usual) if kind in QUANTIZED else ["full"]
+        return [drafter_spec(kind, path, dtype, own, size) for own in bits for size in (sizes if kind in REDUCIBLE else [None])]
+
     found = []
     for kind in words(asked.drafters):
-        if kind == "self_sparse":
-            found += [drafter_spec(kind, None, None, bits, size) for bits in words(asked.drafter_weights or weights) for size in sizes]
-        elif kind in LOADED:
+        if kind in LOADED:
             raise BadInput(f"drafter {kind} is named by its checkpoint, got --drafters {kind}; give --draft-model PATH")
-        else:
-            found.append(drafter_spec(kind, None, None, "full", None))
+        found += variants(kind, weights)
     for path in map(_plain_path, asked.draft_model):
-        kind = checkpoint_kind(path)
-        for bits in words(asked.drafter_weights or "full") if kind in QUANTIZED else ["full"]:
-            found.append(drafter_spec(kind, path, asked.draft_dtype, bits, None))
+        found += variants(checkpoint_kind(path), "full", path, asked.draft_dtype)
     return list(dict.fromkeys(found))
 
 
