@@ -54,9 +54,14 @@ def test_a_grid_has_every_weights_and_head_size_of_the_drafters_that_may_have_th
     for kind, path in (("self_sparse", None), ("draft_model", "small"), ("dflash", block)):
         assert of[kind] == [DrafterSpec(kind=kind, path=path, **variant) for variant in variants]
     assert of["ngram"] == [DrafterSpec(kind="ngram")] and of["eagle3"] == [DrafterSpec(kind="eagle3", path=head)]
-    few = Asked(drafter="dflash", draft_model=block, drafter_vocab=4096, draft_len=2)
+    few = Asked(drafter="dflash", draft_model=block, drafter_vocab="4096", draft_len=2)
     assert make_config(few).drafter == DrafterSpec(kind="dflash", path=block, vocab=4096)
-    assert make_config(few, [(spec, FullKV()) for spec in of["dflash"] if spec.weights == "int8"]).drafter.weights == "int8"
+    int8 = [(spec, FullKV()) for spec in of["dflash"] if spec.weights == "int8"]
+    assert make_config(few, int8).drafter == int8[1][0] and make_config(few._replace(drafter_vocab="all"), int8).drafter == int8[0][0]
+    with pytest.raises(BadInput, match="int8; dflash block int8 vocab 4096.*choose one with .* and --drafter-vocab"):
+        make_config(few._replace(drafter_vocab=None), int8)
+    with pytest.raises(BadInput, match="--drafter-vocab takes one number of tokens, or all, got '1,2'"):
+        make_config(few._replace(drafter_vocab="1,2"))
 
 
 def test_flags_of_draft_models_are_refused_in_a_grid_without_one():
