@@ -47,36 +47,39 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=NUM_TEXTS, help="per context and temperature")
     parser.add_argument("--family", help="kind of the drafter whose trees are compared, such as dflash; default: that of the best tree")
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
+    parser.add_argument("--temperatures", default=",".join(f"{t:g}" for t in TEMPERATURES))
     arguments = parser.parse_args()
     profile = planner.load_profile(arguments.profile)
     models = fit_models(profile)
     session = open_session(profile.model, dtype=profile.dtype, execution=profile.execution_mode, weights=profile.weights)
     if session.model.fingerprint != profile.target_fingerprint:
         raise SystemExit(f"the profile is of model {profile.target_fingerprint}, this one is {session.model.fingerprint}; profile it again")
-    tables, figures = {}, {}
+    cells = []
     for context_len in map(int, arguments.contexts.split(",")):
-        prefilled = {}  # each text once for all temperatures
-        for temperature in TEMPERATURES:
+        for temperature in map(float, arguments.temperatures.split(",")):
             workload = Workload(context_len=context_len, output_len=OUTPUT_LEN, sampler=Sampler(temperature=temperature))
             plan = planner.plan(arguments.profile, context_len=context_len, output_len=OUTPUT_LEN, temperature=temperature, objective="tpot")
-            arms = choose_arms(models, workload, arguments.family)
-            arms["planned"] = Arm(plan.chosen, plan.estimate.tpot_s.value)
-            configs = list(dict.fromkeys(arm.config for arm in arms.values()))
-            load_drafters(session, [config.drafter for config in configs])
-            prompts = draw(session, context_len, temperature, arguments.texts, plan.seen_texts)
-            longest = max(64, *(config.verified for config in configs))
-            trials = []
-            for trial in run_trials(
-                session.model, prompts, configs, workload.sampler, output_len=OUTPUT_LEN, stop_tokens=(), seed=SEED, prefilled=prefilled,
-                longest=longest,
-            ):  # fmt: skip
-                trials.append(trial)
-                progress(f"{context_len}/{temperature:g}: {len(trials)} of {len(prompts) * len(configs)}")
-            rows, found = judged(arms, trials)
-            tables[f"context {context_len}, temperature {temperature:g}, {len(prompts)} texts"] = rows
-            for name, value in found.items():
-                kind, _, arm = name.partition("/")
-                figures["/".join([kind, str(context_len), f"{temperature:g}", *([arm] if arm else [])])] = value
+            arms = choose_arms(models, workload, arguments.family) | {"planned": Arm(plan.chosen, plan.estimate.tpot_s.value)}
+            cells.append((workload, arms, plan.seen_texts))
+    load_drafters(session, [arm.config.drafter for _, arms, _ in cells for arm in arms.values()])
+    tables, figures, prefilled = {}, {}, {}  # a prompt is processed once for all temperatures
+    for workload, arms, seen in cells:
+        context_len, temperature = workload.context_len, workload.sampler.temperature
+        prefilled = {key: ground for key, ground in prefilled.items() if len(ground.prompts[0].tokens) == context_len}
+        configs = list(dict.fromkeys(arm.config for arm in arms.values()))
+        prompts = draw(session, context_len, temperature, arguments.texts, seen)
+        trials = []
+        for trial in run_trials(
+            session.model, prompts, configs, workload.sampler, output_len=OUTPUT_LEN, stop_tokens=(), seed=SEED, prefilled=prefilled,
+            longest=max(SIZES),
+        ):  # fmt: skip
+            trials.append(trial)
+            progress(f"{context_len}/{temperature:g}: {len(trials)} of {len(prompts) * len(configs)}")
+        rows, found = judged(arms, trials)
+        tables[f"context {context_len}, temperature {temperature:g}, {len(prompts)} texts"] = rows
+        for name, value in found.items():
+            kind, _, arm = name.partition("/")
+            figures["/".join([kind, str(context_len), f"{temperature:g}", *([arm] if arm else [])])] = value
     report_tables(tables, figures, arguments.json)
 
 
