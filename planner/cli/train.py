@@ -146,7 +146,9 @@ def block_diffusion(
     variant: Annotated[str, typer.Option(help="kl or sampling (for --temperature), or greedy (temperature 0).")] = "kl",
     temperature: Annotated[float, typer.Option(help="That kl and sampling serve.")] = 1.0,
     sampled: Annotated[int, typer.Option(help="Tokens of the vocabulary that a step's softmax samples beside the frequent ones; 0: all.")] = 4096,
-    head_dtype: Annotated[str, typer.Option(help="bfloat16, or fp8 (half the size): of the head as it is written.")] = "bfloat16",
+    head_dtype: Annotated[
+        str, typer.Option(help="Of the head as it is written: bfloat16, or fp8, half the size (vLLM loads no quantised one).")
+    ] = "bfloat16",
     steps: Steps = 1500,
     learning_rate: LearningRate = 1e-3,
     warmup: Warmup = 50,

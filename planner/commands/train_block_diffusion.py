@@ -17,7 +17,7 @@ from planner.files import write_whole
 from planner.specs import SparseKV
 
 HEAD = "head"
-HEAD_DTYPES = ("bfloat16", "fp8")
+HEAD_DTYPES = ("bfloat16", "fp8")  # of which vLLM loads no quantised one (vllm-project/vllm#51581)
 
 
 def train_block_diffusion(
