@@ -12,19 +12,18 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 from common import held_out, make_parser, progress, report_tables
+from continuations import Continuation, continuations
 from scipy import stats
 
 from planner.commands.session import open_session
 from planner.cost.renewal import expected_rounds
 from planner.files import Journal
-from planner.profiler.acceptance import replay, write_texts
+from planner.profiler.acceptance import replay
 from planner.profiler.texts import draw_prompts
-from planner.runtime.drafters.protocol import TargetText
-from planner.runtime.model import Transformer, prefill
+from planner.runtime.model import Transformer
 from planner.runtime.own_layers import load_own_layers, on_target
-from planner.specs import DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV
+from planner.specs import DraftConfig, DrafterSpec, FullKV, SparseKV
 from planner.trained import own_layers_path, read_header
 from planner.training.multi_view import cut, own_weights
 
@@ -110,48 +109,25 @@ def measure(journal_path: Path, resume: bool, num_texts: int, names: list[str]) 
     done = [entry for entry in journal.entries(Done) if prints.get(entry.drafter) == entry.fingerprint]
     known = {(entry.text, entry.context_len, entry.temperature, entry.drafter) for entry in done}
     prompts = draw_prompts(session.tokenizer, held_out(), length=max(CONTEXTS), count=num_texts, seed=0)
-    for first in range(0, num_texts, GROUP):
-        group = prompts[first : first + GROUP]
-        missing = {
-            (c, t): {(b, name) for b in range(len(group)) for name in names if (first + b, c, t, name) not in known}
-            for c in CONTEXTS
-            for t in TEMPERATURES
-        }
-        if not any(missing.values()):
-            continue
-        cache = model.new_cache(max(CONTEXTS) + OUTPUT_LEN, batch=len(group))
-        for begin, context_len in zip([0, *CONTEXTS], CONTEXTS):
-            cache.truncate(begin)
-            logits = []
-            for b, prompt in enumerate(group):
-                logits.append(prefill(model, torch.tensor([prompt.tokens[begin:context_len]]), stream := cache.stream(b)))
-            cache.lengths = list(stream.lengths) * len(group)
-            for temperature in (t for t in TEMPERATURES if missing[context_len, t]):
-                cache.lengths = [context_len] * len(group)
-                seeds = [1000 * TEMPERATURES.index(temperature) + first + b for b in range(len(group))]
-                written = write_texts(
-                    model, cache, group, context_len, torch.cat(logits), Sampler(temperature=temperature), output_len=OUTPUT_LEN, stop_tokens=(),
-                    seeds=seeds,
-                )  # fmt: skip
-                for b, (text, target_text) in enumerate(written):
-                    for name in (name for name in names if (b, name) in missing[context_len, temperature]):
-                        entry = _judged(model, target_text, name, prints[name], first + b, text.distinct_4grams)
-                        journal.add(entry)
-                        done.append(entry)
-                    target_text.prompt_caches.clear()
-                    progress(f"text {first + b + 1} of {num_texts}, context {context_len}, temperature {temperature:g}")
-            cache.lengths = [context_len] * len(group)
+
+    def missing(number: int, context_len: int, temperature: float) -> list[str]:
+        return [name for name in names if (number, context_len, temperature, name) not in known]
+
+    for found in continuations(model, prompts, CONTEXTS, TEMPERATURES, output_len=OUTPUT_LEN, group=GROUP, wanted=lambda *cell: bool(missing(*cell))):
+        for name in missing(found.number, found.context_len, found.temperature):
+            done.append(_judged(model, found, name, prints[name]))
+            journal.add(done[-1])
     return done
 
 
-def _judged(model: Transformer, text: TargetText, drafter: str, fingerprint: str, number: int, distinct: float) -> Done:
+def _judged(model: Transformer, found: Continuation, drafter: str, fingerprint: str) -> Done:
     first, rounds = {}, {}
     for budget, config in _configs(drafter).items():
-        sample = replay(model, text, config, number)
+        sample = replay(model, found.target_text, config, found.number)
         chance, drafted = sample.accept_prob.unpack() / 255, sample.drafted.unpack().astype(int)
         first[budget] = float((chance[:, 0] * (drafted > 0)).mean())
         rounds[budget] = float(expected_rounds(chance[None], drafted[None], DRAFT_LEN).rounds[0]) / len(chance)
-    return Done(number, len(text.prompt), text.sampler.temperature, drafter, fingerprint, distinct, first, rounds)
+    return Done(found.number, found.context_len, found.temperature, drafter, fingerprint, found.text.distinct_4grams, first, rounds)
 
 
 def _configs(drafter: str) -> dict[str, DraftConfig]:

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 from common import make_parser, progress, report_tables, texts
+from continuations import continuations
 from scipy import stats
 
 from planner.commands.session import open_session
 from planner.cost.renewal import expected_rounds
 from planner.datasets import expand
 from planner.files import Journal
-from planner.profiler.acceptance import replay, write_texts
+from planner.profiler.acceptance import replay
 from planner.profiler.texts import draw_prompts
-from planner.runtime.model import prefill
-from planner.specs import DraftConfig, DrafterSpec, Sampler, SparseKV
+from planner.specs import DraftConfig, DrafterSpec, SparseKV
 
 CONTEXTS, TEMPERATURES, BUDGETS = [2048, 4096, 8000], [0.7, 1.0], [64, 128, 256, 512, 1024]
 POLICIES = {"window": {}, "chunk": {}, "snapkv": {}, "retrieval": {"refresh": 32}}
@@ -78,34 +77,21 @@ def measure(journal_path: Path, resume: bool, num_texts: int) -> list[Done]:
     done = list(journal.entries(Done))
     known = {(entry.text, entry.context_len, entry.temperature) for entry in done}
     prompts = draw_prompts(session.tokenizer, expand([texts()]), length=max(CONTEXTS), count=num_texts, seed=0)
-    for first in range(0, num_texts, GROUP):
-        group = prompts[first : first + GROUP]
-        cells = [(c, t) for c in CONTEXTS for t in TEMPERATURES if any((first + b, c, t) not in known for b in range(len(group)))]
-        cache = model.new_cache(max(CONTEXTS) + OUTPUT_LEN, batch=len(group))
-        for begin, context_len in zip([0, *CONTEXTS], CONTEXTS):
-            cache.truncate(begin)
-            logits = prefill(model, torch.tensor([prompt.tokens[begin:context_len] for prompt in group]), cache)
-            for temperature in (t for c, t in cells if c == context_len):
-                cache.lengths = [context_len] * len(group)
-                seeds = [1000 * TEMPERATURES.index(temperature) + first + b for b in range(len(group))]
-                written = write_texts(
-                    model, cache, group, context_len, logits, Sampler(temperature=temperature), output_len=OUTPUT_LEN, stop_tokens=(), seeds=seeds
-                )
-                for b, (text, target_text) in enumerate(written):
-                    if (first + b, context_len, temperature) in known:
-                        continue
-                    samples = {name: replay(model, target_text, config, b) for name, config in configs.items()}
-                    chances = {name: sample.accept_prob.unpack() / 255 for name, sample in samples.items()}
-                    walks = {name: expected_rounds(chance[None], np.full((1, len(chance)), DRAFT_LEN), DRAFT_LEN) for name, chance in chances.items()}
-                    entry = Done(
-                        first + b, context_len, temperature, text.distinct_4grams,
-                        {name: float(chance[:, 0].mean()) for name, chance in chances.items()},
-                        {name: float(walk.rounds[0]) / len(chances[name]) for name, walk in walks.items()},
-                    )  # fmt: skip
-                    journal.add(entry)
-                    done.append(entry)
-                    progress(f"text {first + b + 1} of {num_texts}, context {context_len}, temperature {temperature:g}")
-            cache.lengths = [context_len] * len(group)
+
+    def missing(*cell: float) -> bool:
+        return cell not in known
+
+    for found in continuations(model, prompts, CONTEXTS, TEMPERATURES, output_len=OUTPUT_LEN, group=GROUP, wanted=missing):
+        samples = {name: replay(model, found.target_text, config, found.number) for name, config in configs.items()}
+        chances = {name: sample.accept_prob.unpack() / 255 for name, sample in samples.items()}
+        walks = {name: expected_rounds(chance[None], np.full((1, len(chance)), DRAFT_LEN), DRAFT_LEN) for name, chance in chances.items()}
+        entry = Done(
+            found.number, found.context_len, found.temperature, found.text.distinct_4grams,
+            {name: float(chance[:, 0].mean()) for name, chance in chances.items()},
+            {name: float(walk.rounds[0]) / len(chances[name]) for name, walk in walks.items()},
+        )  # fmt: skip
+        journal.add(entry)
+        done.append(entry)
     return done
 
 

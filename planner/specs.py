@@ -293,7 +293,7 @@ class DrafterSpec(Spec, kw_only=True):
     kind: Literal["none", "ngram", "self_sparse", "draft_model", "eagle3", "dflash"]
     path: Annotated[str, Meta(max_length=500)] | None = None  # of those in LOADED: a model folder or GGUF file, as the user named it
     weights: Weights = "full"  # of models: as loaded, or quantised; the KV of self_sparse stays the target's either way
-    vocab: Count | None = None  # of self_sparse: tokens that its head knows, the frequent and the special ones; None: all
+    vocab: Count | None = None  # of models: tokens that the head knows, the frequent and the special ones; None: all
     dtype: DType | None = None  # of those in LOADED: weights and cache; None: the target's
 
     def __post_init__(self):
@@ -303,8 +303,8 @@ class DrafterSpec(Spec, kw_only=True):
             raise ValueError(f"a path goes with drafters {listed(LOADED)} and with no other, got drafter {self.kind} with path {self.path}")
         if self.kind not in QUANTIZED and self.weights != "full":
             raise ValueError(f"weights go with drafters {listed(QUANTIZED)} and with no other, got drafter {self.kind}")
-        if self.kind != "self_sparse" and self.vocab is not None:
-            raise ValueError(f"a vocab goes with drafter self_sparse and with no other, got drafter {self.kind}")
+        if self.kind not in REDUCIBLE and self.vocab is not None:
+            raise ValueError(f"a vocab goes with drafters {listed(REDUCIBLE)} and with no other, got drafter {self.kind}")
 
 
 def usual_storage(kind: str, refresh: int | None) -> Storage:
@@ -316,6 +316,7 @@ LOADED = ("draft_model", "eagle3", "dflash")  # drafters with a checkpoint of th
 TAPPING = ("eagle3", "dflash")  # of these, heads: they read hidden states that the target's cache keeps for them
 CACHED = ("self_sparse", "draft_model", "dflash")  # drafters whose cache may be sparse
 QUANTIZED = ("self_sparse", "draft_model", "dflash")  # drafters whose matrices may have fewer bits than they were loaded with
+REDUCIBLE = QUANTIZED  # drafters whose head may know fewer tokens than it was loaded with
 TREELESS = ("none", "ngram")  # those without probabilities to make a tree of
 
 

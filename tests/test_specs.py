@@ -483,8 +483,9 @@ def test_samplers_in_a_few_words(sampler, words):
 
 @pytest.mark.parametrize("weights", ["full", "int8", "int4"])
 @pytest.mark.parametrize("vocab", [None, 1, 4096])
-def test_a_self_sparse_drafter_may_be_quantised_and_know_fewer_tokens(weights, vocab):
-    drafter = DrafterSpec(kind="self_sparse", weights=weights, vocab=vocab)
+@pytest.mark.parametrize(("kind", "path"), [("self_sparse", None), ("draft_model", "small"), ("dflash", "head")])
+def test_a_model_that_drafts_may_be_quantised_and_know_fewer_tokens(weights, vocab, kind, path):
+    drafter = DrafterSpec(kind=kind, path=path, weights=weights, vocab=vocab)
     assert read(drafter, DrafterSpec) == drafter
 
 
@@ -513,7 +514,7 @@ def test_drafters_out_of_range_are_refused_on_reading(change):
         ({"kind": "eagle3"}, "got drafter eagle3 with path None"),
         ({"kind": "ngram", "path": "small"}, "got drafter ngram with path small"),
         ({"kind": "eagle3", "path": "head", "weights": "int8"}, "weights go with drafters self_sparse, draft_model and dflash"),
-        ({"kind": "draft_model", "path": "small", "vocab": 100}, "a vocab goes with drafter self_sparse"),
+        ({"kind": "eagle3", "path": "head", "vocab": 100}, "a vocab goes with drafters self_sparse, draft_model and dflash"),
     ],
 )
 def test_drafters_that_contradict_themselves_are_refused(fields, message):

@@ -68,8 +68,8 @@ HELP = {  # of the fields of Asked and AskedGrid, each a flag
     "draft_dtype": "bfloat16, float16 or float32: weights and KV cache of the draft model; default: the target's.",
     "drafter_weights": "Weights of self_sparse, draft_model and dflash: full, int8 or int4, or several of them for a grid; default: full, but int8 in a grid for "
     "self_sparse on a CPU.",
-    "drafter_vocab": "Tokens that the head of self_sparse knows, the frequent and the special ones; default: all.",
-    "drafter_vocabs": "Head sizes of self_sparse in tokens; all keeps the whole vocabulary.",
+    "drafter_vocab": "Tokens that the head of self_sparse, draft_model or dflash knows, the frequent and the special ones, or all; default: as profiled, or all.",
+    "drafter_vocabs": "Head sizes of self_sparse, draft_model and dflash in tokens; all keeps the whole vocabulary.",
     "kv_budget": "Tokens that self_sparse, draft_model or dflash attends to, sinks and recent window included; default: all, but of self_sparse.",
     "kv_budgets": "Budgets of self_sparse, draft_model and dflash in tokens.",
     "selection": "window (sinks + recent), or beside them chunk (by the last key), retrieval (chunks by the last query) or snapkv (by votes).",

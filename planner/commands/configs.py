@@ -14,6 +14,7 @@ from planner.specs import (
     CACHED,
     LOADED,
     QUANTIZED,
+    REDUCIBLE,
     DraftConfig,
     DrafterSpec,
     FullKV,
@@ -34,21 +35,23 @@ from planner.units import parse_numbers, words
 def make_config(asked: Asked, profiled: Sequence[tuple[DrafterSpec, KVPolicy]] = ()) -> DraftConfig:
     """A configuration from flags. What they leave open is as it was profiled, where that is one thing only."""
     path = asked.draft_model and _plain_path(asked.draft_model)
-    given = {"path": path, "dtype": asked.draft_dtype, "weights": asked.drafter_weights, "vocab": asked.drafter_vocab}
+    given = _said({"path": path, "dtype": asked.draft_dtype, "weights": asked.drafter_weights})
+    if asked.drafter_vocab is not None:
+        given["vocab"] = _head_size(str(asked.drafter_vocab), "--drafter-vocab")
     variants = list(dict.fromkeys(own for own, _ in profiled if own.kind == asked.drafter and _agrees(own, given)))
     if len(variants) > 1:
         names = "; ".join(describe_drafter(variant) for variant in variants)
-        flags = "--draft-model, --draft-dtype and --drafter-weights" if asked.drafter in LOADED else "--drafter-weights and --drafter-vocab"
+        flags = "--draft-model, --draft-dtype, " * (asked.drafter in LOADED) + "--drafter-weights and --drafter-vocab"
         raise BadInput(f"the profile holds several drafters ({names}); choose one with {flags}")
-    drafter = variants[0] if variants else drafter_spec(asked.drafter, path, asked.draft_dtype, asked.drafter_weights or "full", asked.drafter_vocab)
+    spec = asked.drafter, path, asked.draft_dtype, asked.drafter_weights or "full", given.get("vocab")
+    drafter = variants[0] if variants else drafter_spec(*spec)
     return valid(DraftConfig, drafter=drafter, kv=_policy(asked, [kv for own, kv in profiled if own == drafter]), draft_len=asked.draft_len)
 
 
 def _policy(asked: Asked, profiled: Sequence[KVPolicy]) -> KVPolicy:
-    given = {name: getattr(asked, name) for name in ("selection", "sink", "recent", "refresh", "storage")}
+    given = _said({name: getattr(asked, name) for name in ("selection", "sink", "recent", "refresh", "storage")})
     if asked.kv_budget is None or asked.drafter not in CACHED:
-        flags = {"--kv-budget": asked.kv_budget} | {f"--{name}": value for name, value in given.items()}
-        said = [flag for flag, value in flags.items() if value is not None]
+        said = ["--kv-budget"] * (asked.kv_budget is not None) + [f"--{name}" for name in given]
         if asked.drafter == "self_sparse":
             raise BadInput("drafter self_sparse needs --kv-budget, the tokens it attends to")
         if said and asked.drafter in CACHED:
@@ -65,7 +68,7 @@ def _policy(asked: Asked, profiled: Sequence[KVPolicy]) -> KVPolicy:
     if families:
         return valid(SparseKV, **(_fields(families[0]) | {"budget": asked.kv_budget}))
     storage = usual_storage(asked.drafter, asked.refresh)
-    return valid(SparseKV, budget=asked.kv_budget, **({"storage": storage} | {name: value for name, value in given.items() if value is not None}))
+    return valid(SparseKV, budget=asked.kv_budget, **({"storage": storage} | given))
 
 
 def drafter_spec(kind: str, path: str | None, dtype: str | None, weights: str, vocab: int | None) -> DrafterSpec:
@@ -93,19 +96,19 @@ def drafter_specs(asked: AskedGrid, weights: str) -> list[DrafterSpec]:
     """Every drafter asked for. weights  of self_sparse where nobody said"""
     if asked.draft_dtype is not None and not asked.draft_model:
         raise BadInput(f"--draft-dtype goes with a draft model, got {asked.draft_dtype} without one; give --draft-model or drop it")
-    sizes = [None if word == "all" else parse_numbers(word, int, "--drafter-vocabs")[0] for word in words(asked.drafter_vocabs)]
+    sizes = [_head_size(word, "--drafter-vocabs") for word in words(asked.drafter_vocabs)]
+
+    def variants(kind: str, usual: str, path: str | None = None, dtype: str | None = None) -> list[DrafterSpec]:
+        bits = words(asked.drafter_weights or usual) if kind in QUANTIZED else ["full"]
+        return [drafter_spec(kind, path, dtype, own, size) for own in bits for size in (sizes if kind in REDUCIBLE else [None])]
+
     found = []
     for kind in words(asked.drafters):
-        if kind == "self_sparse":
-            found += [drafter_spec(kind, None, None, bits, size) for bits in words(asked.drafter_weights or weights) for size in sizes]
-        elif kind in LOADED:
+        if kind in LOADED:
             raise BadInput(f"drafter {kind} is named by its checkpoint, got --drafters {kind}; give --draft-model PATH")
-        else:
-            found.append(drafter_spec(kind, None, None, "full", None))
+        found += variants(kind, weights)
     for path in map(_plain_path, asked.draft_model):
-        kind = checkpoint_kind(path)
-        for bits in words(asked.drafter_weights or "full") if kind in QUANTIZED else ["full"]:
-            found.append(drafter_spec(kind, path, asked.draft_dtype, bits, None))
+        found += variants(checkpoint_kind(path), "full", path, asked.draft_dtype)
     return list(dict.fromkeys(found))
 
 
@@ -168,8 +171,22 @@ def grid(drafters: Sequence[DrafterSpec], policies: Sequence[SparseKV], draft_le
     return [valid(DraftConfig, drafter=drafter, kv=kv, draft_len=draft_len) for drafter, kv in asked for draft_len in draft_lens]
 
 
+def _head_size(word: str, flag: str) -> int | None:
+    """Tokens that a head knows, as DrafterSpec has them."""
+    if word == "all":
+        return None
+    if len(sizes := parse_numbers(word, int, flag)) > 1:
+        raise BadInput(f"{flag} takes one number of tokens, or all, got {word[:80]!r}; choose one")
+    return sizes[0]
+
+
+def _said(given: dict) -> dict:
+    """Without what the user left open."""
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _agrees(value: DrafterSpec | SparseKV, given: dict) -> bool:
-    return all(wanted is None or getattr(value, name) == wanted for name, wanted in given.items())
+    return all(getattr(value, name) == wanted for name, wanted in given.items())
 
 
 def _fields(value: msgspec.Struct) -> dict:

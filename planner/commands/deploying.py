@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+from msgspec.structs import replace
 
 from planner.commands.configs import valid
 from planner.commands.flags import AskedExport
@@ -15,7 +16,7 @@ from planner.exports import Knob, Step
 from planner.plans import Plan
 from planner.schedules import Deployment, Schedule, ScheduleRow, Setting, describe_setting
 from planner.serving import OFF, ServingProfile
-from planner.specs import DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, describe
+from planner.specs import DraftConfig, DrafterSpec, FullKV, Sampler, SparseKV, checked, describe
 from planner.trained import FOLDERS, NAMES, checkpoint_path, is_own_layers
 from planner.units import format_bytes
 
@@ -37,6 +38,8 @@ def from_plan(plan: Plan, asked: AskedExport, rules: DraftRules, config: DraftCo
             knobs.append(
                 knob("drafter_weights", drafter.weights, "as stored", "dropped", "engines load a checkpoint as it is; give one that is quantised")
             )
+        if config.draft_len and drafter.vocab is not None:
+            knobs.append(knob("drafter_vocab", drafter.vocab, "all", "dropped", "engines draft from all tokens that the checkpoint's head knows"))
         if config.draft_len and drafter.dtype is not None:
             knobs.append(knob("draft_dtype", drafter.dtype, "the target's", "dropped", "engines load both models in one dtype"))
         if plan.weights != "full":
@@ -57,8 +60,7 @@ def from_plan(plan: Plan, asked: AskedExport, rules: DraftRules, config: DraftCo
     sampler = plan.workload.sampler if asked.temperature is None else valid(Sampler, temperature=asked.temperature)
     memory, said = _memory(asked, plan.memory_cap_bytes, None, rules)
     if own and draft_model != drafter.path:
-        config = valid(DraftConfig, drafter=valid(DrafterSpec, kind=drafter.kind, path=draft_model, weights=drafter.weights, dtype=drafter.dtype),
-                       kv=config.kv, draft_len=config.draft_len, tree=config.tree)  # fmt: skip
+        config = replace(config, drafter=checked(replace(drafter, path=draft_model)))
     return Deployed(
         model=_model(asked, plan.model, rules),
         method=drafter.kind if config.draft_len else OFF,

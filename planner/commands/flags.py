@@ -11,7 +11,7 @@ class Asked(NamedTuple):
     draft_model: str | None = None  # path, of a drafter with a checkpoint of its own
     draft_dtype: str | None = None
     drafter_weights: str | None = None
-    drafter_vocab: int | None = None
+    drafter_vocab: str | None = None  # a number of tokens, or all
     kv_budget: int | None = None
     selection: str | None = None
     sink: int | None = None

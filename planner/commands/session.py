@@ -110,24 +110,22 @@ def usual_weights(device: str | None) -> Weights:
 
 def load_drafters(session: Session, drafters: Sequence[DrafterSpec]) -> None:
     """Load the checkpoints of drafters that have one of their own, each once. BadInput for one that the target cannot use."""
+    from planner.runtime.drafters import drafting_model
+
     model = session.model
     for drafter in dict.fromkeys(drafter for drafter in drafters if drafter.kind in LOADED):
         if session.ranks.size > 1:
             raise BadInput(f"drafter {drafter.kind} is for one process, got {session.ranks.size}; use self_sparse or ngram, or drop torchrun")
-        key = drafter.path, drafter.dtype
-        if drafter.kind in TAPPING:
-            if key not in model.beside:
-                from planner.runtime import dflash_head, eagle_head
-
-                load_head = dflash_head.load_head if drafter.kind == "dflash" else eagle_head.load_head
-                model.beside[key] = load_head(checkpoint_path(drafter.path), model, _torch_dtype(drafter.dtype) if drafter.dtype else model.dtype)
+        key, variant = (drafter.path, drafter.dtype), (drafter.weights, drafter.vocab)
+        variants = {(other.weights, other.vocab) for other in drafters if (other.path, other.dtype) == key}
+        alone = len(variants) == 1 and variant != ("full", None)
+        if key in model.beside or alone and (*key, *variant) in model.beside:
             continue
-        variants = {other.weights for other in drafters if (other.path, other.dtype) == key}
-        if key in model.beside and model.beside[key].fingerprint.partition("-")[2] in ("", *(variants if len(variants) == 1 else ())):
-            continue
-        dtype = _torch_dtype(drafter.dtype) if drafter.dtype else model.dtype
-        own = _draft_model(session, drafter.path, dtype)
-        model.beside[key] = own.cheaper(*variants) if len(variants) == 1 else own  # one variant alone needs no copy in full precision
+        model.beside = {other: own for other, own in model.beside.items() if other[:2] != key}  # without what was there alone
+        model.beside[key] = _load(session, drafter)
+        if alone:  # then nothing needs it as it was loaded
+            model.beside[*key, *variant] = drafting_model(drafter, model)
+            del model.beside[key]
 
 
 def drafter_models(session: Session, drafters: Sequence[DrafterSpec]) -> list[DrafterModel]:
@@ -176,6 +174,18 @@ def weights_bytes(session: Session) -> int:
     model = session.model
     copies = sum(getattr(own, "copies_nbytes", 0) for own in [model, *model.beside.values()])
     return model.nbytes + copies + sum(model.extra_nbytes(own) for own in model.beside.values())
+
+
+def _load(session: Session, drafter: DrafterSpec) -> "Transformer | EagleHead | DFlashHead":  # noqa: F821  planner.runtime
+    from planner.runtime import dflash_head, eagle_head
+
+    dtype = _torch_dtype(drafter.dtype) if drafter.dtype else session.model.dtype
+    match drafter.kind:
+        case "eagle3":
+            return eagle_head.load_head(checkpoint_path(drafter.path), session.model, dtype)
+        case "dflash":
+            return dflash_head.load_head(checkpoint_path(drafter.path), session.model, dtype)
+    return _draft_model(session, drafter.path, dtype)
 
 
 def _draft_model(session: Session, name: str, dtype) -> "Transformer":  # noqa: F821  planner.runtime.model

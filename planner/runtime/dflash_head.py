@@ -22,7 +22,7 @@ from planner.errors import BadInput
 from planner.runtime.fields import Fields, read_json
 from planner.runtime.head_files import check_folder, check_taps, listed_layers, read_tensors
 from planner.runtime.kv_cache import KVCache, Mask, additive_mask
-from planner.runtime.linear import Linear, Matrix, frozen, quantized
+from planner.runtime.linear import Linear, Matrix, cheaper_head, frozen, quantized
 from planner.runtime.model import Layer, Transformer, build_layer, layer_tensors
 from planner.runtime.rope import Rotation, attention_factor, inverse_frequency, rotation
 from planner.runtime.safetensors_folder import stored_tensors
@@ -55,9 +55,9 @@ class DFlashHead(nn.Module):
         super().__init__()
         self.spec, self.taps, self.block_size, self.mask_token, self.fingerprint = spec, taps, block_size, mask_token, fingerprint
         self.fc, self.hidden_norm, self.layers, self.norm = fc, frozen(hidden_norm), nn.ModuleList(layers), frozen(norm)
-        self.embedding, self.head, self.kernels = target.embedding, target.head, target.kernels
+        self.embedding, self.head, self.kernels, self.special_tokens = target.embedding, target.head, target.kernels, target.special_tokens
         self.inverse_frequency = inverse_frequency(spec, norm.device)  # [D/2]
-        self._cheaper: dict[Weights, DFlashHead] = {}
+        self._cheaper: dict[tuple, DFlashHead] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,16 +108,23 @@ class DFlashHead(nn.Module):
         """[.., C] -> [.., V]."""
         return self.head(hidden.to(self.embedding.dtype))
 
-    def cheaper(self, weights: Weights) -> "DFlashHead":
-        """This head with quantised matrices, made once and kept; keys and values are interchangeable."""
-        if weights not in self._cheaper:
+    def cheaper(self, weights: Weights, tokens: tuple[int, ...] | None = None) -> "DFlashHead":
+        """This head with quantised matrices and, given tokens, logits of them only, as Transformer.cheaper has it.
+
+        What gives the logits is the target's, and the copy has its own: of all that a pass reads, it is the most.
+        """
+        if weights == "full" and tokens is None:
+            return self
+        if (weights, tokens) not in self._cheaper:
             layers = [layer.quantized(weights) for layer in self.layers]
+            fingerprint = self.fingerprint if weights == "full" else f"{self.fingerprint}-{weights}"
             copy = DFlashHead(
-                self.spec, self.taps, self.block_size, self.mask_token, f"{self.fingerprint}-{weights}", quantized(self.fc, weights),
-                self.hidden_norm, layers, self.norm, self,
+                self.spec, self.taps, self.block_size, self.mask_token, fingerprint, quantized(self.fc, weights), self.hidden_norm, layers,
+                self.norm, self,
             )  # fmt: skip
-            self._cheaper[weights] = copy
-        return self._cheaper[weights]
+            copy.head = cheaper_head(self.head, weights, tokens, self.spec.vocab_size, self.kernels, self.embedding.dtype)
+            self._cheaper[weights, tokens] = copy
+        return self._cheaper[weights, tokens]
 
     def _rotation(self, positions: Tensor) -> Rotation:
         return rotation(positions, self.inverse_frequency, attention_factor(self.spec))

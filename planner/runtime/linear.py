@@ -129,6 +129,22 @@ def quantized(matrix: Matrix, weights: Weights) -> Matrix:
     return kinds[weights](matrix.restored(torch.float32), matrix.kernels)
 
 
+def cheaper_head(
+    head: Matrix,
+    weights: Weights,
+    tokens: tuple[int, ...] | None,  # that it is to know; None: all
+    vocab_size: int,
+    kernels: Kernels,  # of a head for fewer tokens, which every rank has whole
+    dtype: torch.dtype,  # of rows that are taken out of a quantised head, with full weights
+) -> Matrix | ReducedHead:
+    """The same head with other bits or for fewer tokens; itself where neither is changed."""
+    if tokens is None:
+        return quantized(head, weights)
+    kept = torch.tensor(tokens, device=head.weights.device)
+    rows = Linear(kernels.whole(head.restored(dtype))[kept], kernels)
+    return ReducedHead(quantized(rows, weights), kept, vocab_size)
+
+
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter that is not trained; one that is already a parameter stays the same one."""
     return tensor if isinstance(tensor, nn.Parameter) and tensor.is_contiguous() else nn.Parameter(tensor.contiguous(), requires_grad=False)

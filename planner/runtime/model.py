@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from planner.runtime.kernels import Kernels, QueryKernels
 from planner.runtime.kv_cache import KVCache, Mask, additive_mask
-from planner.runtime.linear import Linear, Matrix, ReducedHead, frozen, quantized
+from planner.runtime.linear import Linear, Matrix, cheaper_head, frozen, quantized
 from planner.runtime.rope import attention_factor, inverse_frequency, rotation
 from planner.runtime.weights import Checkpoint
 from planner.specs import ModelSpec, Weights
@@ -38,9 +38,9 @@ class Transformer(nn.Module):
         self.inverse_frequency = inverse_frequency(spec, norm.device)  # [D/2]
         self.attention_factor = attention_factor(spec)
         self._cheaper: dict[tuple, Transformer] = {}
-        self.beside: dict[
-            tuple, nn.Module
-        ] = {}  # drafters with a checkpoint of their own, loaded for this target: (path, dtype), as DrafterSpec has them
+        # Drafters with a checkpoint of their own, loaded for this target: (path, dtype), as DrafterSpec has them, and of one that
+        # is there as a cheaper copy alone, (path, dtype, weights, vocab).
+        self.beside: dict[tuple, nn.Module] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,13 +122,7 @@ class Transformer(nn.Module):
         if weights == "full" and tokens is None:
             return self
         if (weights, tokens) not in self._cheaper:
-            head = self.head
-            if tokens is not None:
-                kept = torch.tensor(tokens, device=self.device)
-                rows = Linear(self.kernels.whole(self.head.restored(self.dtype))[kept], self.kernels)
-                head = ReducedHead(quantized(rows, weights), kept, self.spec.vocab_size)
-            elif weights != "full":
-                head = quantized(head, weights)
+            head = cheaper_head(self.head, weights, tokens, self.spec.vocab_size, self.kernels, self.dtype)
             layers = [layer.quantized(weights) for layer in self.layers]
             same = weights == "full" or self.fingerprint.endswith(f"-{weights}")
             fingerprint = self.fingerprint if same else f"{self.fingerprint}-{weights}"

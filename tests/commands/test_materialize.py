@@ -194,9 +194,17 @@ def test_own_layers_are_a_drafter_that_shares_memory_and_is_recorded(tmp_path):
     assert full.weights_bytes > int8.weights_bytes > int4.weights_bytes
     assert weights_bytes(session) == session.model.nbytes + sum(model.weights_bytes for model in (full, int8, int4)) - norms(full.spec) * 2
     assert int8.fingerprint == f"{full.fingerprint}-int8"
-    alone = open_session(str(target), dtype="float32", device="cpu", execution="eager")
-    load_drafters(alone, drafters[1:2])
-    assert weights_bytes(alone) == alone.model.nbytes + drafter_models(alone, drafters[1:2])[0].weights_bytes
+    for variant in ({"weights": "int8"}, {"vocab": 100}, {"weights": "int8", "vocab": 100}):
+        alone, drafter = (
+            open_session(str(target), dtype="float32", device="cpu", execution="eager"),
+            DrafterSpec(kind="draft_model", path=own, **variant),
+        )
+        load_drafters(alone, [drafter])
+        [model] = drafter_models(alone, [drafter])
+        assert weights_bytes(alone) == alone.model.nbytes + model.weights_bytes
+        head = (4 + 32 if "weights" in variant else 4 * 32) * variant.get("vocab", 256) + 8 * variant.get("vocab", 0)
+        layers = int8.weights_bytes - (4 + 32) * 256 if "weights" in variant else full.weights_bytes
+        assert model.weights_bytes == layers + head
 
 
 def norms(spec) -> int:

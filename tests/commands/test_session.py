@@ -189,13 +189,27 @@ def test_each_checkpoint_is_loaded_once_in_its_own_dtype():
     assert weights_bytes(session) > session.model.nbytes + full.weights_bytes + wide.weights_bytes
 
 
-def test_a_quantised_draft_model_alone_leaves_no_copy_in_full_precision_behind():
+@pytest.mark.parametrize("variant", [{"weights": "int8"}, {"weights": "int8", "vocab": 20}], ids=str)
+def test_a_cheaper_draft_model_alone_leaves_no_copy_in_full_precision_behind(variant):
     session = opened(execution="eager")
-    load_drafters(session, [draft_model(weights="int8")])
-    [int8] = drafter_models(session, [draft_model(weights="int8")])
-    assert weights_bytes(session) == session.model.nbytes + int8.weights_bytes and int8.fingerprint.endswith("0-int8")
+    for _ in range(2):
+        load_drafters(session, [draft_model(**variant)])
+        [int8] = drafter_models(session, [draft_model(**variant)])
+        assert weights_bytes(session) == session.model.nbytes + int8.weights_bytes and int8.fingerprint.endswith("0-int8")
     load_drafters(session, [draft_model()])  # and where somebody wants it in full after all, it is loaded again
-    assert drafter_models(session, [draft_model()])[0].weights_bytes > int8.weights_bytes
+    [full] = drafter_models(session, [draft_model()])
+    assert weights_bytes(session) == session.model.nbytes + full.weights_bytes and full.weights_bytes > int8.weights_bytes
+
+
+def test_a_draft_model_that_knows_fewer_tokens_knows_the_special_ones():
+    session = opened(execution="eager")
+    load_drafters(session, [draft_model(), draft_model(vocab=20)])
+    [full, few] = drafter_models(session, [draft_model(), draft_model(vocab=20)])
+    C = session.model.spec.hidden_size  # its embedding is its head, which is cut for the few and stays to be read
+    assert few.weights_bytes - full.weights_bytes == 20 * (2 * C + 8)
+    assert few.fingerprint == full.fingerprint
+    with pytest.raises(BadInput, match="more than the 2 special tokens and fewer than all 61, got 61"):
+        load_drafters(session, [draft_model("other", vocab=61)])
 
 
 def test_a_draft_model_of_another_vocabulary_is_refused():

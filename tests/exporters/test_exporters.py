@@ -166,6 +166,18 @@ def test_a_kv_budget_that_the_engine_lacks_is_planned_around(made, tmp_path):
     assert fidelity(own)["kv_budget"] == "exact" and "--kv-budget" in own.argv and not own.cost
 
 
+def test_a_head_for_fewer_tokens_is_kept_by_the_own_runtime_and_lost_aloud_elsewhere(made, tmp_path):
+    plans, _ = made
+    plan = load_plan(plans["sparse"])
+    drafter = msgspec.structs.replace(plan.chosen.drafter, weights="int8", vocab=4096)
+    save_plan(msgspec.structs.replace(plan, chosen=msgspec.structs.replace(plan.chosen, drafter=drafter)), tmp_path / "p.json")
+    found = planner.export(tmp_path / "p.json", "vllm", tmp_path / "v", AskedExport(draft_model="org/draft"))
+    assert fidelity(found)["drafter_vocab"] == fidelity(found)["drafter_weights"] == "dropped"
+    own = planner.export(tmp_path / "p.json", "planner", tmp_path / "own", AskedExport(draft_model="org/draft"))
+    words = shlex.join(own.argv)
+    assert "--draft-model org/draft" in words and "--drafter-weights int8 --drafter-vocab 4096" in words
+
+
 def test_self_sparse_drafting_is_refused_without_a_profile_and_planned_around_with_one(made, tmp_path):
     plans, profiles = made
     plan = load_plan(plans["sparse"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decoding import exact_pairs, joint_frequencies, p_value, run
+from msgspec.structs import replace
 from tiny import BLOCK_HEAD, HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_block_head, with_head
 
 from planner.runtime import decode as decode_module
@@ -10,7 +11,7 @@ from planner.runtime.drafters import make_drafter
 from planner.runtime.drafters.protocol import Draft
 from planner.runtime.sampling import sample
 from planner.runtime.verify import Verdict, verify_chain
-from planner.specs import PLAIN, DraftConfig, DrafterSpec, Sampler, SparseKV, YarnRope
+from planner.specs import PLAIN, DraftConfig, DrafterSpec, FixedTree, Sampler, SparseKV, YarnRope
 
 NGRAM, SELF_SPARSE = DrafterSpec(kind="ngram"), DrafterSpec(kind="self_sparse")
 EAGLE3, DFLASH = DraftConfig(drafter=HEAD, draft_len=3), DraftConfig(drafter=BLOCK_HEAD, draft_len=4)
@@ -125,11 +126,21 @@ def cheaper_drafts(weights, vocab=None, draft_len=4, budget=20):
 
 
 QUANTIZED = [cheaper_drafts(weights, vocab) for weights in ("full", "int8", "int4") for vocab in (None, 30)]
+BESIDE = [
+    DraftConfig(drafter=DrafterSpec(kind=kind, path=path, weights=weights, vocab=30), draft_len=4)
+    for kind, path in (("draft_model", "one layer"), ("dflash", BLOCK_HEAD.path))
+    for weights in ("full", "int8", "int4")
+]
+
+
+def with_all(model, folder):
+    model.beside["one layer", None] = tiny_model(sharpness=1.5, num_layers=1, kernels=model.kernels, **NATIVE)
+    return with_both(model, folder)
 
 
 @pytest.fixture(scope="module")
 def native_model(tmp_path_factory):
-    return with_both(tiny_model(sharpness=1.5, kernels=native_kernels(torch.float32), **NATIVE), tmp_path_factory.mktemp("native"))
+    return with_all(tiny_model(sharpness=1.5, kernels=native_kernels(torch.float32), **NATIVE), tmp_path_factory.mktemp("native"))
 
 
 @pytest.mark.parametrize("weights", ["full", "int8", "int4"])
@@ -139,7 +150,7 @@ def test_greedy_output_of_native_kernels_is_that_of_pytorch(native_model, weight
     assert run(native_model.cheaper(weights), [prompt])[0] == expected
 
 
-@pytest.mark.parametrize("config", [PLAIN, CONFIGS[2], CONFIGS[3], EAGLE3, DFLASH, *QUANTIZED], ids=str)
+@pytest.mark.parametrize("config", [PLAIN, CONFIGS[2], CONFIGS[3], EAGLE3, DFLASH, *QUANTIZED, *BESIDE], ids=str)
 def test_greedy_output_of_native_kernels_is_plain_greedy_output_for_batches_of_1_to_8(native_model, config):
     prompts = [random_prompt(length, seed=length) for length in (3, 61, 15, 100, 33, 90, 7, 48)]
     plain = [run(native_model, [prompt])[0][0] for prompt in prompts]
@@ -160,16 +171,24 @@ def test_a_quantised_target_has_a_greedy_output_of_its_own_and_drafts_keep_it(na
         assert run(model, prompts, config)[0] == plain
 
 
-def test_a_drafter_of_few_tokens_drafts_no_others(model):
-    prompt = random_prompt(60)
-    drafter = make_drafter(cheaper_drafts("full", vocab=30), model)
-    cache, _ = prefilled(model, [prompt], 80)
-    drafter.start(cache, [prompt])
-    with torch.inference_mode():
-        draft = drafter.propose([[*prompt, 5]], [4], Sampler(temperature=1.0), [torch.Generator().manual_seed(0)])
-    assert draft.tokens.max() < 30
-    assert (draft.probs[..., 30:] == 0).all()
-    torch.testing.assert_close(draft.probs.sum(-1), torch.ones(1, 4))
+@pytest.mark.parametrize("config", [QUANTIZED[1], BESIDE[0], BESIDE[3]], ids=lambda config: config.drafter.kind)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_drafter_of_few_tokens_drafts_no_others(config, temperature, tmp_path):
+    model, prompt = with_all(tiny_model(sharpness=1.5, **NATIVE), tmp_path), random_prompt(60)
+
+    def proposed(**changes):
+        drafter = make_drafter(replace(config, **changes), model)
+        cache, _ = prefilled(model, [prompt], 80)
+        drafter.start(cache, [prompt])
+        with torch.inference_mode():
+            return drafter.propose([[*prompt, 5]], [drafter.draft_len], Sampler(temperature=temperature), [torch.Generator().manual_seed(0)])
+
+    chain = proposed()
+    assert chain.tokens.max() < 30
+    assert (chain.probs[..., 30:] == 0).all()
+    torch.testing.assert_close(chain.probs.sum(-1), torch.ones(1, 4))
+    tree = proposed(draft_len=1, tree=FixedTree(size=45))  # more than there are
+    assert tree.lens == [30] and sorted(tree.tokens[0].tolist()) == list(range(30))
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

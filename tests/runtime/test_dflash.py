@@ -224,6 +224,7 @@ def test_a_quantised_head_is_smaller_and_drafts_nearly_the_same(tmp_path, weight
     assert 0 < (probs[0] - probs[1]).abs().max() < (0.2 if weights == "int8" else 0.9)
     copy = head.cheaper(weights)
     assert copy is head.cheaper(weights) and copy.fingerprint == f"{head.fingerprint}-{weights}"
+    assert copy.head.bits == int(weights[3:]) and copy.embedding is model.embedding
     assert head.copies_nbytes < model.extra_nbytes(copy) < model.extra_nbytes(head) / 2
 
 

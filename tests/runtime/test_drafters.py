@@ -15,7 +15,7 @@ from planner.cost.memory import counted_bytes, features_bytes, full_cache_bytes,
 from planner.measurements import DrafterModel
 from planner.runtime.drafters import drafting_model, make_drafter
 from planner.runtime.weights import dtype_name
-from planner.specs import LOADED, AdaptiveTree, DraftConfig, DrafterSpec, FixedTree, FullKV, Sampler, SparseKV, TreeCosts, Workload
+from planner.specs import LOADED, TAPPING, AdaptiveTree, DraftConfig, DrafterSpec, FixedTree, FullKV, Sampler, SparseKV, TreeCosts, Workload
 
 GREEDY, WARM = Sampler(), Sampler(temperature=0.8, top_p=0.9, top_k=20)
 NEW_TOKENS = 40  # of decoding.run
@@ -30,6 +30,10 @@ def own(kv, draft_len, tree=None, **drafter):
 
 def shared(kv, draft_len, tree=None, **drafter):
     return DraftConfig(drafter=DrafterSpec(kind="self_sparse", **drafter), kv=kv, draft_len=draft_len, tree=tree)
+
+
+def block(kv, draft_len, tree=None, **drafter):
+    return DraftConfig(drafter=DrafterSpec(kind="dflash", path=BLOCK_HEAD.path, **drafter), kv=kv, draft_len=draft_len, tree=tree)
 
 
 DRAFTS = {
@@ -50,6 +54,8 @@ DRAFTS = {
     "own, retrieval refreshed often": own(SparseKV(budget=21, recent=9, selection="retrieval", refresh=2), 4),
     "own, other dtype": own(SparseKV(budget=21, recent=9), 3, dtype="bfloat16"),
     "own, int8": own(SparseKV(budget=21, recent=9), 3, weights="int8"),
+    "own, few tokens": own(FullKV(), 3, vocab=45),
+    "own, int8, few tokens, tree": own(SparseKV(budget=21, recent=9), 3, weights="int8", vocab=45, tree=FixedTree(size=60)),
     "eagle3": DraftConfig(drafter=HEAD, draft_len=3),
     "eagle3, one draft": DraftConfig(drafter=HEAD, draft_len=1),
     "dflash": DraftConfig(drafter=BLOCK_HEAD, draft_len=4),
@@ -57,6 +63,8 @@ DRAFTS = {
     "dflash, more than a block": DraftConfig(drafter=BLOCK_HEAD, draft_len=8),
     "dflash, window": DraftConfig(drafter=BLOCK_HEAD, kv=SparseKV(budget=20, sink=4, recent=8, storage="evict"), draft_len=3),
     "dflash, small window": DraftConfig(drafter=BLOCK_HEAD, kv=SparseKV(budget=5, sink=2, recent=3, storage="evict"), draft_len=5),
+    "dflash, int8, few tokens": block(FullKV(), 4, weights="int8", vocab=45),
+    "dflash, few tokens, adaptive tree": block(FullKV(), 4, vocab=45, tree=STEPPED),
     "dflash, tree": DraftConfig(drafter=BLOCK_HEAD, draft_len=4, tree=FixedTree(size=12)),
     "dflash, window, adaptive tree": DraftConfig(
         drafter=BLOCK_HEAD, kv=SparseKV(budget=5, sink=2, recent=3, storage="evict"), draft_len=5, tree=STEPPED
@@ -79,7 +87,7 @@ def target_for(drafter, sharpness=1.5):
     for dtype in (None, "bfloat16"):
         small = tiny_model(seed=5, sharpness=1.5, num_layers=1, intermediate_size=64)
         target.beside["one layer", dtype] = small if dtype is None else small.bfloat16()
-    if drafter not in (HEAD, BLOCK_HEAD):  # with a head beside it, a target's caches keep hidden states, whoever drafts
+    if drafter.kind not in TAPPING:  # with a head beside it, a target's caches keep hidden states, whoever drafts
         return target
     with tempfile.TemporaryDirectory() as folder:
         return (with_head if drafter == HEAD else with_block_head)(target, Path(folder) / "head")
@@ -157,7 +165,7 @@ def test_predicted_bytes_are_those_that_the_drafter_holds(model, config, batch):
     without = DraftConfig(drafter=DrafterSpec(kind="ngram"), draft_len=config.verified)
     # drafts are counted among what a round computes, for a chain as many as are verified, for a tree its levels
     transient = logits_bytes(model.spec, config.draft_len, config.verified, batch) - logits_bytes(model.spec, config.verified, batch=batch)
-    if drafter in (HEAD, BLOCK_HEAD):  # what the target's cache keeps for it
+    if drafter.kind in TAPPING:  # what the target's cache keeps for it
         transient += features_bytes(model.spec, "float32", len(models[0].taps), capacity=length + NEW_TOKENS + config.verified, batch=batch)
     if drafter.kind == "draft_model" and isinstance(config.kv, SparseKV) and config.kv.storage == "evict":
         transient += full_cache_bytes(models[0].spec, models[0].dtype, capacity=length)  # a prompt's keys until they are chosen from

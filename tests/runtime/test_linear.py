@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from tiny import NATIVE, prefilled, tiny_checkpoint, tiny_model
+from msgspec.structs import replace
+from tiny import BLOCK_HEAD, NATIVE, prefilled, tiny_checkpoint, tiny_model, with_block_head
 
 from planner.errors import BadInput
 from planner.runtime.drafters import drafting_model, frequent_tokens, make_drafter
 from planner.runtime.kernels import Kernels
 from planner.runtime.linear import GROUP, Int4Linear, Int8Linear, Linear, ReducedHead, quantized
 from planner.runtime.model import build_model
+from planner.runtime.own_layers import on_target
 from planner.runtime.weights import Checkpoint
 from planner.specs import DraftConfig, DrafterSpec, SparseKV
 
@@ -179,22 +181,45 @@ def test_a_cheaper_copy_computes_almost_the_same(model, weights):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_drafters_bytes_are_its_own_weights_and_its_cache(tied, weights, vocab):
     model = tiny_model(tie_embeddings=tied, **NATIVE) if tied else untied()
-    spec = model.spec
     drafter = make_drafter(
         DraftConfig(drafter=DrafterSpec(kind="self_sparse", weights=weights, vocab=vocab), kv=SparseKV(budget=40), draft_len=3), model, batch=2
     )
-    cache_bytes = 2 * (40 + 3 + 1) * spec.kv_bytes_per_token("float32")
+    cache_bytes = 2 * (40 + 3 + 1) * model.spec.kv_bytes_per_token("float32")
+    assert drafter.nbytes == cache_bytes + (weights != "full") * layers_bytes(model.spec, weights) + head_bytes(model.spec, weights, vocab)
 
-    def matrix_bytes(out, width):
-        return {"full": 0, "int8": out * width + 4 * out, "int4": out * width * 5 // 8}[weights]
 
-    C, F, q, kv = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    expected = spec.num_layers * (matrix_bytes(q + 2 * kv, C) + matrix_bytes(C, q) + matrix_bytes(2 * F, C) + matrix_bytes(C, F))
-    if vocab is None:
-        expected += matrix_bytes(61, C)
+@pytest.mark.parametrize("vocab", [None, 20])
+@pytest.mark.parametrize("weights", ["full", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["draft_model", "dflash"])
+def test_a_cheaper_copy_of_the_targets_head_is_the_drafters(kind, weights, vocab, tmp_path):
+    model = untied()
+    if kind == "dflash":
+        own = with_block_head(model, tmp_path / "head").beside.pop((BLOCK_HEAD.path, None))
     else:
-        expected += (4 * vocab * C if weights == "full" else matrix_bytes(vocab, C)) + 8 * vocab
-    assert drafter.nbytes == cache_bytes + expected
+        tensors = {name: tensor for name, tensor in tiny_checkpoint(seed=1, num_layers=1, **NATIVE).tensors.items() if "embed" not in name}
+        own = on_target(model, replace(model.spec, num_layers=1), tensors, F32, "1" * 16)
+    assert own.head is model.head
+    model.beside["own", None] = own
+    drafter = drafting_model(DrafterSpec(kind=kind, path="own", weights=weights, vocab=vocab), model)
+    norms = sum(parameter.nbytes for parameter in own.parameters() if parameter.dim() == 1)
+    fc = matrix_bytes(*own.fc.shape, weights) if kind == "dflash" else 0
+    assert model.extra_nbytes(drafter) == norms + fc + layers_bytes(own.spec, weights) + head_bytes(model.spec, weights, vocab)
+
+
+def matrix_bytes(out, width, weights):
+    return {"full": 4 * out * width, "int8": out * width + 4 * out, "int4": out * width * 5 // 8}[weights]
+
+
+def layers_bytes(spec, weights):
+    C, F, q, kv = spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    return spec.num_layers * sum(matrix_bytes(*shape, weights) for shape in ((q + 2 * kv, C), (C, q), (2 * F, C), (C, F)))
+
+
+def head_bytes(spec, weights, vocab):
+    """Of a copy; the head itself is the target's."""
+    if vocab is None:
+        return 0 if weights == "full" else matrix_bytes(spec.vocab_size, spec.hidden_size, weights)
+    return matrix_bytes(vocab, spec.hidden_size, weights) + 8 * vocab
 
 
 def untied():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from decoding import written
+from msgspec.structs import replace
 from tiny import BLOCK_HEAD, HEAD, NATIVE, native_kernels, prefilled, random_prompt, tiny_model, with_block_head, with_head
 
 from planner.cost.renewal import expected_rounds
@@ -129,17 +130,20 @@ def test_replay_is_what_the_drafter_proposes_behind_every_token(model, config, l
 
 
 @pytest.mark.parametrize("kernels", ["eager", "native"])
+@pytest.mark.parametrize("whole", [sparse(POLICIES[1]), beside(POLICIES[3]), DFLASH[2]], ids=lambda config: config.drafter.kind)
 @pytest.mark.parametrize(
     "drafter", [{"weights": "int8"}, {"weights": "int4"}, {"weights": "full", "vocab": 30}, {"weights": "int8", "vocab": 30}], ids=str
 )
-def test_replay_of_a_cheaper_drafter_is_what_it_proposes(drafter, kernels, monkeypatch):
+def test_replay_of_a_cheaper_drafter_is_what_it_proposes(drafter, whole, kernels, monkeypatch, tmp_path):
     model = tiny_model(seed=5, sharpness=1.1, kernels=native_kernels(torch.float32) if kernels == "native" else None, **NATIVE)
+    model.beside["one layer", None] = tiny_model(seed=5, sharpness=1.1, kernels=model.kernels, num_layers=1, **NATIVE)
+    with_block_head(model, tmp_path / "head")
     (text,) = written(model, random_prompt(75, seed=2), WARM, seed=1)
-    config = DraftConfig(drafter=DrafterSpec(kind="self_sparse", **drafter), kv=POLICIES[1], draft_len=K)
+    config = replace(whole, drafter=replace(whole.drafter, **drafter))
     accept_prob, _, _ = judged_by_the_drafter(model, config, text, Forced(monkeypatch))
     replayed = make_drafter(config, model).replay(text, K).accept_prob
     np.testing.assert_allclose(replayed, accept_prob, atol=1e-3)
-    assert np.abs(replayed - make_drafter(sparse(POLICIES[1]), model).replay(text, K).accept_prob).max() > 0.02  # unlike the target's own weights
+    assert np.abs(replayed - make_drafter(whole, model).replay(text, K).accept_prob).max() > 0.02  # unlike the weights that it was made of
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[3], CONFIGS[4], *CONFIGS[9:12], *CONFIGS[13:]], ids=str)

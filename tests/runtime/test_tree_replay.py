@@ -30,6 +30,8 @@ DRAFTERS = [
     (OWN, SparseKV(budget=20, sink=4, recent=8)),
     (OWN, SparseKV(budget=21, recent=9, selection="retrieval", refresh=3)),
     (OWN, SparseKV(budget=21, recent=9, selection="chunk", refresh=1)),
+    (DrafterSpec(kind="draft_model", path="one layer", vocab=12), FullKV()),  # fewer tokens than the largest tree has nodes
+    (DrafterSpec(kind="dflash", path=BLOCK_HEAD.path, weights="int8", vocab=12), FullKV()),
     (BLOCK_HEAD, FullKV()),
     (BLOCK_HEAD, SparseKV(budget=20, sink=4, recent=8, storage="evict")),
     (HEAD, FullKV()),

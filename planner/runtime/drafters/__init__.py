@@ -42,19 +42,20 @@ def make_drafter(config: DraftConfig, model: Transformer, *, batch: int = 1) -> 
 
 
 def drafting_model(drafter: DrafterSpec, model: Transformer) -> Transformer | EagleHead | DFlashHead:
-    """The model that a drafter runs: the one loaded beside the target, or the target or a cheaper copy of it.
+    """The model that a drafter runs: the one loaded beside the target, or the target, or a cheaper copy of either.
 
     BadInput for a vocabulary that cannot be.
     """
-    if drafter.kind in LOADED:
-        own = model.beside[drafter.path, drafter.dtype]
-        return own if drafter.weights == "full" else own.cheaper(drafter.weights)
-    if drafter.vocab is None:
-        return model.cheaper(drafter.weights)
-    return model.cheaper(drafter.weights, frequent_tokens(model, drafter.vocab))
+    key, variant = (drafter.path, drafter.dtype), (drafter.weights, drafter.vocab)
+    if (*key, *variant) in model.beside:
+        return model.beside[*key, *variant]
+    own = model.beside[key] if drafter.kind in LOADED else model
+    if variant == ("full", None):
+        return own
+    return own.cheaper(drafter.weights, None if drafter.vocab is None else frequent_tokens(own, drafter.vocab))
 
 
-def frequent_tokens(model: Transformer, count: int) -> tuple[int, ...]:
+def frequent_tokens(model: Transformer | DFlashHead, count: int) -> tuple[int, ...]:
     """`count` ids in ascending order: the special tokens and, for the rest, the smallest ids.
 
     A byte-level BPE vocabulary numbers its tokens in the order they were merged, so small ids are frequent ones.
