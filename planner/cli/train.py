@@ -87,6 +87,7 @@ def multi_view(
     consistency: Annotated[float, typer.Option(help="Weight of the sparse branch's loss.")] = 0.5,
     continuation: Annotated[int, typer.Option(help="Tokens of a text that a step's loss is about.")] = 512,
     sampled: Annotated[int, typer.Option(help="Tokens of the vocabulary that a step's softmax samples beside the frequent ones; 0: all.")] = 4096,
+    bits: Annotated[int, typer.Option(help="Bits of the drafter's own weights in its file, 8 or 4.")] = 8,
     steps: Steps = 2000,
     learning_rate: LearningRate = 1e-3,
     warmup: Warmup = 50,
@@ -121,7 +122,8 @@ def multi_view(
     with terminal.progress("train multi-view", quiet=quiet) as progress:
         log = train_multi_view(
             model, taught, out, settings=settings, training=schedule, held_out=paths(held_out or []), context_len=held_out_isl,
-            budgets=parse_numbers(held_out_budgets, int, "--held-out-budgets"), look_every=look_every, begin=begin, device=device, progress=progress,
+            budgets=parse_numbers(held_out_budgets, int, "--held-out-budgets"), look_every=look_every, begin=begin, bits=bits,
+            device=device, progress=progress,
         )  # fmt: skip
     terminal.print_json({"log": log, "folder": str(out)}) if as_json else training.show_training(log, out)
 
@@ -144,6 +146,9 @@ def block_diffusion(
     variant: Annotated[str, typer.Option(help="kl or sampling (for --temperature), or greedy (temperature 0).")] = "kl",
     temperature: Annotated[float, typer.Option(help="That kl and sampling serve.")] = 1.0,
     sampled: Annotated[int, typer.Option(help="Tokens of the vocabulary that a step's softmax samples beside the frequent ones; 0: all.")] = 4096,
+    head_dtype: Annotated[
+        str, typer.Option(help="Of the head as it is written: bfloat16, or fp8, half the size (vLLM loads no quantised one).")
+    ] = "bfloat16",
     steps: Steps = 1500,
     learning_rate: LearningRate = 1e-3,
     warmup: Warmup = 50,
@@ -180,7 +185,8 @@ def block_diffusion(
     with terminal.progress("train block-diffusion", quiet=quiet) as progress:
         log = train_block_diffusion(
             model, taught, out, settings=settings, training=schedule, held_out=paths(held_out or []), context_len=held_out_isl,
-            budgets=parse_numbers(held_out_budgets, int, "--held-out-budgets"), look_every=look_every, device=device, progress=progress,
+            budgets=parse_numbers(held_out_budgets, int, "--held-out-budgets"), look_every=look_every, head_dtype=head_dtype,
+            device=device, progress=progress,
         )  # fmt: skip
     terminal.print_json({"log": log, "folder": str(out)}) if as_json else training.show_training(log, out)
 

@@ -193,6 +193,7 @@ def _computed_bytes(whole: Fields, config: Fields, element: float, notes: list[s
     vocab = config.integer("vocab_size", MAX_VOCAB)
     tied = config.flag("tie_word_embeddings", kind.startswith(("gemma", "cohere")))
     head = _head_kind(config)
+    bits = _bits(whole if whole.get("quantization_config") is not None else config, element)
     if config.get("kv_lora_rank") is not None:
         rank, rope = config.integer("kv_lora_rank", MAX_WIDTH), config.integer("qk_rope_head_dim", MAX_HEAD_DIM)
         nope, value = config.integer("qk_nope_head_dim", MAX_HEAD_DIM), config.integer("v_head_dim", MAX_HEAD_DIM)
@@ -214,15 +215,14 @@ def _computed_bytes(whole: Fields, config: Fields, element: float, notes: list[s
     notes.append("weights are counted from the config, parameters times dtype; weights_gib behind it replaces that")
     if head == "dflash":
         notes.append("a DFlash head, which shares the target's embedding and head")
-        return int((layers * attention + dense + expert + _num_taps(config, layers) * hidden * hidden + small + hidden) * element)
+        return int((layers * attention + dense + expert + _num_taps(config, layers) * hidden * hidden) * bits + (small + hidden) * element)
     if head:
         notes.append("an EAGLE-3 head, taken to share the target's embedding")
         features = 3 * hidden * config.integer("target_hidden_size", MAX_WIDTH, hidden)
         rows = config.integer("draft_vocab_size", MAX_VOCAB, vocab)
-        return int((layers * attention + dense + expert + features + rows * hidden + small) * element)
+        return int((layers * attention + dense + expert + features) * bits + (rows * hidden + small) * element)
     body = layers * attention + dense
     others = vocab * hidden * (1 if tied else 2) + small
-    bits = _bits(whole if whole.get("quantization_config") is not None else config, element)
     body_bytes = body * (element if kind == "gpt_oss" else bits)  # of which the experts alone are in 4 bit
     return int(body_bytes + expert * bits + others * element)
 

@@ -12,22 +12,30 @@ from planner.commands.configs import valid
 from planner.commands.progress import Progress, Silent
 from planner.commands.session import open_session
 from planner.commands.training_run import Met, Run, followed, held_out_texts, make_folder, training_folder
+from planner.errors import BadInput
 from planner.files import write_whole
 from planner.specs import SparseKV
 
 HEAD = "head"
+HEAD_DTYPES = ("bfloat16", "fp8")  # of which vLLM loads no quantised one (vllm-project/vllm#51581)
 
 
 def train_block_diffusion(
     model: str, texts: str | Path, out: str | Path, *, settings: "BlockSettings", training: "TrainSettings",  # noqa: F821
     held_out: list[str] = (), context_len: int = 1024, temperatures: list[float] = (0.0, 0.7, 1.0), budgets: list[int] = (256,), look_every: int = 200,
-    device: str | None = None, progress: Progress = Silent(),
+    head_dtype: str = "bfloat16", device: str | None = None, progress: Progress = Silent(),
 ) -> list[Met]:  # fmt: skip
-    """Train, or go on with what `out` holds; what held-out texts accepted on the way."""
+    """Train, or go on with what `out` holds; what held-out texts accepted on the way.
+
+    head_dtype  of the head as it is written; nothing of the training depends on it
+    """
+    if head_dtype not in HEAD_DTYPES:
+        raise BadInput(f"a head is written in {' or '.join(HEAD_DTYPES)}, got {head_dtype!r}; change --head-dtype")
     session = open_session(model, device=device, whole=True)
     import torch
     from safetensors.torch import save
 
+    from planner.runtime import fp8
     from planner.runtime.dflash_head import published
     from planner.training import block_diffusion
     from planner.training.data import TaughtTexts
@@ -50,7 +58,11 @@ def train_block_diffusion(
         make_folder(folder / HEAD)
         config, tensors = published(head, target.spec.num_layers)
         config |= {"dtype": "bfloat16", "specplan_card": msgspec.to_builtins({"run": run, "log": log})}
-        write_whole(folder / HEAD / "model.safetensors", save({name: tensor.bfloat16().cpu() for name, tensor in tensors.items()}, {"format": "pt"}))
+        stored = {name: tensor.bfloat16().cpu() for name, tensor in tensors.items()}
+        if head_dtype == "fp8":
+            config |= {"quantization_config": fp8.QUANTIZATION}
+            stored |= fp8.quantized({name: tensor.cpu() for name, tensor in tensors.items() if tensor.dim() == 2})
+        write_whole(folder / HEAD / "model.safetensors", save(stored, {"format": "pt"}))
         write_whole(folder / HEAD / "config.json", msgspec.json.format(msgspec.json.encode(config)))
     return log
 

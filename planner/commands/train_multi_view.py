@@ -23,16 +23,17 @@ HELD_OUT_DRAFT_LEN = 4
 def train_multi_view(
     model: str, texts: str | Path, out: str | Path, *, settings: "MultiViewSettings", training: "TrainSettings",  # noqa: F821
     held_out: list[str] = (), context_len: int = 1024, temperatures: list[float] = (0.0, 1.0), budgets: list[int] = (64, 256), look_every: int = 200,
-    begin: str | None = None, device: str | None = None, progress: Progress = Silent(),
+    begin: str | None = None, bits: int = 8, device: str | None = None, progress: Progress = Silent(),
 ) -> list[Met]:  # fmt: skip
     """Train, or go on with what `out` holds; what held-out texts accepted on the way.
 
     begin  own layers that the drafter begins as, of an earlier training; None: the target's
+    bits   of the drafter's own weights in its file, 8 or 4; nothing of the training depends on them
     """
     session = open_session(model, device=device, whole=True)
     import torch
 
-    from planner.runtime.own_layers import save_own_layers
+    from planner.runtime.own_layers import check_packing, save_own_layers
     from planner.training import multi_view
     from planner.training.data import TaughtTexts
 
@@ -42,6 +43,7 @@ def train_multi_view(
     settings = settings.filled(session.target.num_layers, taught.manifest.settings.length)
     policies = [valid(SparseKV, budget=budget, selection=settings.selection, storage="evict") for budget in budgets]
     drafter = drafter or multi_view.cut(session.model, settings.layers)
+    check_packing(multi_view.own_weights(drafter), bits)
     parts = multi_view.MultiView(drafter, taught, settings, torch.bfloat16 if training.autocast else torch.float32)
     began = None if begin is None else drafter.fingerprint
     run = Run(target=session.model.fingerprint, texts=taught.digest, settings=settings, training=training, ranks=ranks.size, begin=began)
@@ -55,7 +57,7 @@ def train_multi_view(
     )  # fmt: skip
     if ranks.rank == 0:
         card = {"run": run, "log": log, "trained": "multi-view" if settings.budgets else "full cache alone"}
-        save_own_layers(folder / DRAFTER, drafter.spec, settings.layers, multi_view.own_weights(drafter), card)
+        save_own_layers(folder / DRAFTER, drafter.spec, settings.layers, multi_view.own_weights(drafter), card, bits)
     return log
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from planner.errors import BadInput
 from planner.runtime.fields import Fields, read_json
-from planner.runtime.head_files import check_folder, check_taps, check_tensors, listed_layers, read_tensors
+from planner.runtime.head_files import check_folder, check_taps, listed_layers, read_tensors
 from planner.runtime.kv_cache import KVCache, Mask, additive_mask
 from planner.runtime.linear import Linear, Matrix, cheaper_head, frozen, quantized
 from planner.runtime.model import Layer, Transformer, build_layer, layer_tensors
@@ -35,7 +35,7 @@ NESTED = "dflash_config"
 MAX_BLOCK = 256
 MAX_LAYERS = 64
 BLOCK_SIZE = 16  # of the reference, where a config does not say
-RENAMED = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+RENAMED = {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}  # how names begin
 PLAIN = {  # what else a config may ask for, at the value that changes nothing
     "is_causal": False, "causal": False, "use_swa": False, "is_neox_style": True, "rope_is_neox_style": True, "attention_sink_bias": False,
     "add_swa_attention_sink_bias": False, "attention_value_scale": 1, "conv_kernel_size": 0, "conv_group_size": 0, "selector_rank": 0,
@@ -147,7 +147,7 @@ def load_head(path: str | Path, target: Transformer, dtype: torch.dtype) -> DFla
 
     names = {}  # as we have them -> as the files do
     for there in (stored := stored_tensors(folder)):
-        name = RENAMED.get(there, there)
+        name = next((ours + there.removeprefix(theirs) for theirs, ours in RENAMED.items() if there.startswith(theirs)), there)
         if name in names:
             raise BadInput(f"{stored[there].file}: tensor {there} is also {names[name]}; keep one of them")
         names[name] = there
@@ -160,8 +160,7 @@ def load_head(path: str | Path, target: Transformer, dtype: torch.dtype) -> DFla
     expected = {"fc.weight": (C, len(taps) * C), "hidden_norm.weight": (C,), "norm.weight": (C,)}
     for index in range(spec.num_layers):
         expected |= layer_shapes(spec, f"layers.{index}.")
-    check_tensors(folder, KIND, expected, found)
-    tensors, fingerprint = read_tensors(spec, names, found, expected, dtype, target.device)
+    tensors, fingerprint = read_tensors(folder, KIND, spec, names, found, expected, dtype, target.device)
     decided = "-".join(map(str, [fingerprint, block_size, mask_token, *taps]))
     return build_head(spec, taps, block_size, mask_token, decided, tensors, target)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from planner.errors import BadInput
 from planner.runtime.fields import MAX_VOCAB, MAX_WIDTH, Fields, one_line, read_json
-from planner.runtime.head_files import check_folder, check_taps, check_tensors, listed_layers, read_tensors
+from planner.runtime.head_files import check_folder, check_taps, listed_layers, read_tensors
 from planner.runtime.kernels import Kernels
 from planner.runtime.kv_cache import KVCache, Mask
 from planner.runtime.linear import Linear, Matrix, ReducedHead, frozen
@@ -138,8 +138,7 @@ def _load_tensors(folder: Path, spec: ModelSpec, num_taps: int, target: Transfor
     expected = dict(_expected_shapes(spec, target.spec, num_taps, own_embedding))
     if spec.vocab_size < target.spec.vocab_size or "d2t" in found:
         expected["d2t"] = (spec.vocab_size,)
-    check_tensors(folder, KIND, expected, found, integers=("d2t",), unread=("t2d",))
-    tensors, fingerprint = read_tensors(spec, names, found, expected, dtype, target.device, integers=("d2t",))
+    tensors, fingerprint = read_tensors(folder, KIND, spec, names, found, expected, dtype, target.device, integers=("d2t",), unread=("t2d",))
     if "d2t" in tensors:
         kept = _kept_tokens(found["d2t"].file, tensors.pop("d2t"), target.spec.vocab_size)
         tensors |= {"d2t": kept.to(target.device)} if len(kept) < target.spec.vocab_size else {}

@@ -44,12 +44,10 @@ class Linear(Matrix):
 
 
 class Int8Linear(Matrix):
-    """8 bits and a float32 scale per row, symmetric: the largest weight of a row becomes 127."""
+    """8 bits and a float32 scale per row, as in_8_bits makes them."""
 
     def __init__(self, weight: Tensor, kernels: Kernels):
-        scales = weight.float().abs().amax(1).clamp(min=1e-12) / 127
-        codes = (weight.float() / scales[:, None]).round().to(torch.int8)
-        super().__init__(tuple(weight.shape), 8, codes, scales, kernels)
+        super().__init__(tuple(weight.shape), 8, *in_8_bits(weight), kernels)
 
     def multiply(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]:
@@ -58,31 +56,57 @@ class Int8Linear(Matrix):
         return super().multiply(x)
 
     def restored(self, dtype: torch.dtype) -> Tensor:
-        return (self.weights * self.scales[:, None]).to(dtype)
+        return from_8_bits(self.weights, self.scales).to(dtype)
 
 
 class Int4Linear(Matrix):
-    """4 bits, a scale and a minimum in bfloat16 per GROUP weights of a row: 5 bits a weight (as Q4_1 of GGUF).
+    """4 bits, and a scale and a minimum per GROUP weights of a row, as in_4_bits makes them."""
+
+    def __init__(self, weight: Tensor, kernels: Kernels):
+        super().__init__(tuple(weight.shape), 4, *in_4_bits(weight), kernels)
+
+    def restored(self, dtype: torch.dtype) -> Tensor:
+        return from_4_bits(self.weights, self.scales).to(dtype)
+
+
+def in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] -> codes [out, in] in int8 and scales [out] in float32, symmetric: the largest weight of a row becomes 127."""
+    scales = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+    return (weight.float() / scales[:, None]).round().to(torch.int8), scales
+
+
+def from_8_bits(codes: Tensor, scales: Tensor) -> Tensor:
+    """[out, in] in float32."""
+    return codes * scales[:, None]
+
+
+def in_4_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[out, in] -> codes [out, in / 2] in bytes and (scale, minimum) [out, in / GROUP, 2] in bfloat16: 5 bits a weight (as Q4_1 of GGUF).
 
     Byte j of a group holds weight j in its low half and weight j + GROUP / 2 in its high one.
     """
+    check_groups(weight.shape[1])
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    least, most = groups.aminmax(dim=-1, keepdim=True)
+    scales = torch.cat([(most - least) / 15, least], dim=-1).bfloat16()
+    scale, least = scales.float().split(1, dim=-1)
+    codes = ((groups - least) / scale.clamp(min=1e-12)).round().clamp(0, 15).to(torch.uint8)
+    low, high = codes.chunk(2, dim=-1)
+    return (low | high << 4).flatten(1), scales
 
-    def __init__(self, weight: Tensor, kernels: Kernels):
-        if weight.shape[1] % GROUP:
-            raise BadInput(f"int4 weights need widths that are multiples of {GROUP}, got {weight.shape[1]}; use int8")
-        groups = weight.float().unflatten(1, (-1, GROUP))
-        least, most = groups.aminmax(dim=-1, keepdim=True)
-        scales = torch.cat([(most - least) / 15, least], dim=-1).bfloat16()  # [out, in / GROUP, 2]
-        scale, least = scales.float().split(1, dim=-1)
-        codes = ((groups - least) / scale.clamp(min=1e-12)).round().clamp(0, 15).to(torch.uint8)
-        low, high = codes.chunk(2, dim=-1)
-        super().__init__(tuple(weight.shape), 4, (low | high << 4).flatten(1), scales, kernels)
 
-    def restored(self, dtype: torch.dtype) -> Tensor:
-        packed = self.weights.unflatten(1, (-1, GROUP // 2))
-        codes = torch.cat([packed & 15, packed >> 4], dim=-1)  # [out, in / GROUP, GROUP]
-        scale, least = self.scales.float().split(1, dim=-1)
-        return (codes * scale + least).flatten(1).to(dtype)
+def from_4_bits(codes: Tensor, scales: Tensor) -> Tensor:
+    """[out, in] in float32."""
+    packed = codes.unflatten(1, (-1, GROUP // 2))
+    groups = torch.cat([packed & 15, packed >> 4], dim=-1)  # [out, in / GROUP, GROUP]
+    scale, least = scales.float().split(1, dim=-1)
+    return (groups * scale + least).flatten(1)
+
+
+def check_groups(width: int) -> None:
+    """BadInput for a matrix that is no whole groups wide."""
+    if width % GROUP:
+        raise BadInput(f"4-bit weights need widths that are multiples of {GROUP}, got {width}; take 8 bits")
 
 
 class ReducedHead(nn.Module):

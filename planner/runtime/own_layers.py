@@ -1,7 +1,7 @@
 """What a drafter cut from its target does not share with it: a few layers and the last norm, in one safetensors file.
 
-Tensors carry Hugging Face names; matrices are held in 8 bits with a float32 scale per row. Embedding and head are the
-target's, so that the file is small and no use without a target of the same shape.
+Tensors carry Hugging Face names; matrices are held in 8 or 4 bits with their scales beside them, as runtime/linear.py has
+them in memory. Embedding and head are the target's, so that the file is small and no use without a target of the same shape.
 """
 
 from pathlib import Path
@@ -16,6 +16,7 @@ from planner.errors import BadInput
 from planner.files import write_whole
 from planner.runtime.fields import one_line
 from planner.runtime.kernels import Kernels
+from planner.runtime.linear import GROUP, check_groups, from_4_bits, from_8_bits, in_4_bits, in_8_bits
 from planner.runtime.model import Transformer, build_model
 from planner.runtime.safetensors_folder import header_bytes, reading
 from planner.runtime.weights import Checkpoint, expected_shapes, fingerprint_of, finite
@@ -28,10 +29,10 @@ SHARED = ("model.embed_tokens.weight", "lm_head.weight")
 REMEDY = "make the file with `planner train`"
 
 
-def save_own_layers(path: str | Path, spec: ModelSpec, layers: list[int], tensors: dict[str, Tensor], card: dict) -> None:
+def save_own_layers(path: str | Path, spec: ModelSpec, layers: list[int], tensors: dict[str, Tensor], card: dict, bits: int = 8) -> None:
     """tensors  by Hugging Face names, in floats"""
-    header = Header(format=FORMAT, spec=spec, layers=layers, card=card)
-    write_whole(path, save(packed(tensors), {"header": msgspec.json.encode(header).decode()}))
+    header = Header(format=FORMAT, spec=spec, layers=layers, card=card, bits=bits)
+    write_whole(path, save(packed(tensors, bits), {"header": msgspec.json.encode(header).decode()}))
 
 
 def load_own_layers(path: Path, target: Transformer, dtype: torch.dtype, kernels: Kernels | None = None) -> Transformer:
@@ -75,40 +76,63 @@ def own_tensors(path: Path, header: Header, dtype: torch.dtype, device: torch.de
         expected |= {} if name in SHARED else {name: shape}
         if len(expected) > MAX_NAMES:
             raise BadInput(f"{path} must have fewer layers, got {header.spec.num_layers}; {REMEDY}")
+    promised = _promised(path, expected, header.bits)
     with reading(path, safe_open, path, framework="pt", device=str(device)) as file:
         found = {name: (part.get_dtype(), tuple(part.get_shape())) for name in file.keys() for part in (file.get_slice(name),)}  # noqa: SIM118
-        promised = {}
-        for name, shape in expected.items():
-            promised |= {name: ("I8", shape), name + SCALES: ("F32", shape[:1])} if len(shape) == 2 else {name: ("F32", shape)}
         for name in sorted(found.keys() | promised.keys()):
             if found.get(name) != promised.get(name):
                 must, got = (_shown(tensors.get(name)) for tensors in (promised, found))
                 raise BadInput(f"{path}: tensor {one_line(name)} must be {must}, got {got}; {REMEDY}")
-        return {name: finite(path, name, tensor) for name, tensor in unpacked({name: file.get_tensor(name) for name in found}, dtype).items()}
+        stored = {name: file.get_tensor(name) for name in found}
+    return {name: finite(path, name, tensor) for name, tensor in unpacked(stored, header.bits, dtype).items()}
+
+
+def _promised(path: Path, expected: dict[str, tuple[int, ...]], bits: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor of a file with these bits, as safetensors spells dtypes, and its shape."""
+    found = {}
+    for name, shape in expected.items():
+        if len(shape) == 1:
+            found[name] = "F32", shape
+        elif bits == 8:
+            found |= {name: ("I8", shape), name + SCALES: ("F32", shape[:1])}
+        elif shape[1] % GROUP:
+            raise BadInput(f"{path}: tensor {name} in 4 bits must have a width that is a multiple of {GROUP}, got {shape[1]}; {REMEDY}")
+        else:
+            found |= {name: ("U8", (shape[0], shape[1] // 2)), name + SCALES: ("BF16", (shape[0], shape[1] // GROUP, 2))}
+    return found
 
 
 def _shown(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"[:120]
 
 
-def packed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices in 8 bits: the largest weight of a row becomes 127. The rest in float32."""
+def check_packing(tensors: dict[str, Tensor], bits: int) -> None:
+    """BadInput where these tensors cannot be packed so."""
+    if bits not in (8, 4):
+        raise BadInput(f"a drafter's own weights are written in 8 or 4 bits, got {bits}; change --bits")
+    for tensor in tensors.values():
+        if bits == 4 and tensor.dim() == 2:
+            check_groups(tensor.shape[1])
+
+
+def packed(tensors: dict[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Matrices in so many bits, with scales beside them. The rest in float32."""
+    check_packing(tensors, bits)
     found = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().float().cpu()
         if tensor.dim() == 2:
-            scales = tensor.abs().amax(1).clamp(min=1e-12) / 127
-            found[name], found[name + SCALES] = (tensor / scales[:, None]).round().to(torch.int8), scales
+            found[name], found[name + SCALES] = in_8_bits(tensor) if bits == 8 else in_4_bits(tensor)
         else:
             found[name] = tensor.contiguous()
     return found
 
 
-def unpacked(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that were packed, to within half a step of their rows."""
-    found = {}
+def unpacked(tensors: dict[str, Tensor], bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that were packed, to within half a step of their rows or groups."""
+    restored, found = (from_8_bits if bits == 8 else from_4_bits), {}
     for name, tensor in tensors.items():
         if not name.endswith(SCALES):
             scales = tensors.get(name + SCALES)
-            found[name] = (tensor if scales is None else tensor.float() * scales[:, None]).to(dtype)
+            found[name] = (tensor if scales is None else restored(tensor, scales)).to(dtype)
     return found

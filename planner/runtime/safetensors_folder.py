@@ -14,6 +14,7 @@ from planner.errors import BadInput
 from planner.runtime.fields import Fields, one_line, read_json
 
 INDEX = "model.safetensors.index.json"
+FLOAT_DTYPES = ("F32", "F16", "BF16")  # as files spell them
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 PICKLE_REMEDY = "convert to safetensors (save_pretrained of transformers writes it)"
 

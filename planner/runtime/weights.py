@@ -3,7 +3,7 @@
 Both are untrusted. Nothing is unpickled; every size is checked against the file before it is looped over or allocated.
 A broken rule raises BadInput, which names the file and the field. Tensors carry Hugging Face names whatever they came from.
 
-Sources: llama.cpp convert_hf_to_gguf.py, LlamaModel.permute; transformers integrations/finegrained_fp8.py (FP8 and its scales).
+Source: llama.cpp convert_hf_to_gguf.py, LlamaModel.permute.
 """
 
 import hashlib
@@ -20,16 +20,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from planner.errors import BadInput, MissingExtra
+from planner.runtime import fp8
 from planner.runtime.config_json import folder_spec, read_config
-from planner.runtime.fields import MAX_WIDTH, MIB, Fields, one_line, where_from
+from planner.runtime.fields import MIB, one_line, where_from
 from planner.runtime.gguf_file import GGUFTensor, dequantized, read_gguf
 from planner.runtime.gguf_model import ROPE_FACTORS, gguf_name, gguf_spec
 from planner.runtime.model_spec import Overrides, checked_overrides
-from planner.runtime.safetensors_folder import PICKLE_REMEDY, PICKLE_SUFFIXES, Stored, header_bytes, reading, stored_tensors
+from planner.runtime.safetensors_folder import FLOAT_DTYPES, PICKLE_REMEDY, PICKLE_SUFFIXES, header_bytes, reading, stored_tensors
 from planner.specs import DType, ModelSpec
-
-FLOAT_DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
-FP8 = "F8_E4M3"
 
 
 def dtype_name(dtype: torch.dtype) -> DType:
@@ -184,10 +182,10 @@ def fingerprint_of(spec: ModelSpec, files: list[tuple[Path, int]]) -> str:
 def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, overrides: Overrides, only: Collection[str] | None) -> Checkpoint:
     config = read_config(folder)
     spec = folder_spec(folder, config, overrides)
-    block = _fp8_block(config)
+    block = fp8.scale_block(config)
     found = stored_tensors(folder)
     stored = {name: part for name, part in found.items() if not _unused(name, spec.tie_embeddings)}
-    scales = {} if block is None else {name: _scale_of(name, stored) for name, part in stored.items() if part.dtype == FP8}
+    scales = fp8.scales_of(stored, block)
     weights = {name: part for name, part in stored.items() if name not in scales.values()}
     files = sorted({part.file for part in found.values()})
     _check_tensors(files[0] if len(files) == 1 else folder, spec, {name: part.shape for name, part in weights.items()})
@@ -201,7 +199,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, overrid
         def read(name: str) -> Tensor:
             file = found[name].file
             tensor = reading(file, shards[file].get_tensor, name)
-            return tensor if name not in scales else _fp8_restored(file, name, tensor, read(scales[name]).float(), block)
+            return tensor if name not in scales else fp8.restored(tensor, read(scales[name]), block)
 
         tied = ("lm_head.weight", "model.embed_tokens.weight")
         if spec.tie_embeddings and tied[0] in found and (len({found[name].dtype for name in tied}) > 1 or not torch.equal(*map(read, tied))):
@@ -210,45 +208,6 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, overrid
         names = [name for name, _ in expected_shapes(spec) if only is None or name in only]
         tensors = {name: finite(found[name].file, name, read(name).to(device=device, dtype=dtype, copy=True)) for name in names}
     return Checkpoint(spec, tensors, fingerprint_of(spec, [(file, header_bytes(file)) for file in files]))
-
-
-def _fp8_block(config: Fields) -> tuple[int, int] | None:
-    """Rows and columns that share a scale in FP8 weights; None for weights that are not quantised, the others are refused."""
-    if config.get("quantization_config") is None:
-        return None
-    given = config.get("quantization_config")
-    quantization = Fields(config.source, given if isinstance(given, dict) else {"quant_method": given})
-    method = quantization.get("quant_method")
-    if method != "fp8":
-        raise BadInput(
-            f"{config.source}: quantization_config.quant_method {one_line(method)} cannot be run; supported are unquantised safetensors, "
-            "fp8 in e4m3, and GGUF files: take one of these, and --weights int8 or int4 to quantise it here"
-        )
-    quantization.only("fmt", "e4m3")
-    quantization.only("activation_scheme", "dynamic")
-    match quantization.get("weight_block_size") or [MAX_WIDTH, MAX_WIDTH]:  # without blocks, a scale for the whole tensor
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return rows, columns
-    raise quantization.refusal("weight_block_size", "must be two positive integers")
-
-
-def _scale_of(name: str, stored: dict[str, Stored]) -> str:
-    for suffix in ("_scale_inv", "_scale"):
-        if name + suffix in stored:
-            return name + suffix
-    raise BadInput(f"{stored[name].file}: tensor {name} is in FP8 and needs a scale, {name}_scale_inv or {name}_scale; get the folder again")
-
-
-def _fp8_restored(file: Path, name: str, codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """Codes [out, in] times the scale of their block, or of the whole tensor, in float32."""
-    blocks = [-(-size // step) for size, step in zip(codes.shape, block)]
-    if scale.numel() == 1:
-        return codes.float() * scale
-    if codes.dim() != 2 or list(scale.shape) != blocks:
-        raise BadInput(f"{file}: the scale of tensor {name} must have shape {blocks} or one element, got {list(scale.shape)}")
-    for dim, (step, size) in enumerate(zip(block, codes.shape)):
-        scale = scale.repeat_interleave(min(step, size), dim).narrow(dim, 0, size)
-    return codes.float() * scale
 
 
 # ---- GGUF

@@ -4,7 +4,7 @@ Such a file holds a drafter's own layers alone (runtime/own_layers.py reads them
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -18,13 +18,14 @@ FOLDERS = ("smollm2-dflash",)  # heads, which come as they are published, a fold
 MAX_HEADER_BYTES = 100 * 2**20  # as safetensors has it
 
 
-class Header(msgspec.Struct, frozen=True, kw_only=True):
+class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the file says of itself."""
 
     format: str
     spec: ModelSpec  # of the drafter
     layers: list[int]  # of the target, that they were cut from
-    card: dict[str, Any] = {}  # how it was trained
+    card: dict[str, Any]  # how it was trained
+    bits: Literal[8, 4] = 8  # of a weight in a matrix
 
 
 class _Metadata(msgspec.Struct):

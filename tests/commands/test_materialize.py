@@ -48,12 +48,12 @@ def folder_of(path: Path, architecture: str, **changes) -> Path:
     return path
 
 
-def own_layers(path: Path, target: Path, layers=LAYERS, **changes) -> Path:
+def own_layers(path: Path, target: Path, layers=LAYERS, bits=8, **changes) -> Path:
     session = open_session(str(target), dtype="float32", device="cpu", execution="eager")
     drafter = cut(session.model, layers)
     import msgspec
 
-    save_own_layers(path, msgspec.structs.replace(drafter.spec, **changes), layers, own_weights(drafter), {})
+    save_own_layers(path, msgspec.structs.replace(drafter.spec, **changes), layers, own_weights(drafter), {}, bits)
     return path
 
 
@@ -84,6 +84,19 @@ def test_transformers_and_our_own_loader_compute_the_same(architecture, rope, ch
     load_drafters(session, [drafter])
     torch.testing.assert_close(prefilled(session.model.beside[drafter.path, None], [PROMPT], len(PROMPT))[1][0], ours, atol=1e-4, rtol=1e-4)
     assert read_spec(tmp_path / "out").rope_scaling == ROPES[rope]
+
+
+def test_layers_in_4_bits_are_materialized_as_well(tmp_path):
+    target = folder_of(tmp_path / "target", "llama")
+    own = own_layers(tmp_path / "own.safetensors", target, bits=4)
+    materialize(str(own), tmp_path / "out", model=str(target), dtype="float32")
+    session = open_session(str(target), dtype="float32", device="cpu", execution="eager")
+    drafter = DrafterSpec(kind="draft_model", path=str(tmp_path / "out"))
+    load_drafters(session, [drafter])
+    logits = prefilled(session.model.beside[drafter.path, None], [PROMPT], len(PROMPT))[1][0]
+    torch.testing.assert_close(logits, our_logits(own, target), atol=1e-4, rtol=1e-4)
+    exact = our_logits(own_layers(tmp_path / "own8.safetensors", target), target)
+    assert 1e-3 < (logits - exact).abs().max()  # what 4 bits cost: the comparison is one of what they hold
 
 
 def test_rope_factors_that_config_json_has_no_words_for_are_refused(tmp_path):

@@ -73,6 +73,15 @@ def test_a_dflash_head_has_its_layers_and_what_it_reads_and_the_targets_embeddin
     assert any("DFlash" in note for note in notes)
 
 
+def test_matrices_of_a_head_in_fp8_are_counted_in_8_bits_and_its_norms_are_not(tmp_path):
+    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    norms = (2 * 5 + 2) * 6656 + 2 * 5 * 128
+    size, _, kind = sized(write(tmp_path / "dflash", DFLASH | quantized))
+    assert (kind, size.weights_bytes, size.kv_bytes_per_element) == ("dflash", 5_111_970_304 // 2 + norms, 2)
+    eagle, in_fp8 = (sized(write(tmp_path / name, config)).model.weights_bytes for name, config in (("a", EAGLE), ("b", EAGLE | quantized)))
+    assert in_fp8 - 2 * 32000 * 4096 == pytest.approx((eagle - 2 * 32000 * 4096) / 2, rel=1e-3)
+
+
 def test_weights_come_from_the_index_else_from_the_files_else_from_the_pairs(tmp_path):
     folder = tmp_path / "model"
     write(folder, LLAMA)

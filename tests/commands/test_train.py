@@ -20,7 +20,7 @@ TRAIN = "--continuation 32 --steps 4 --warmup 1 --accumulation 1 --save-every 2 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
-    write_model(folder / "model", num_layers=3, max_context_len=512)
+    write_model(folder / "model", num_layers=3, intermediate_size=64, max_context_len=512)
     write_model(folder / "other", seed=1, max_context_len=512)
     write_model(folder / "wide", hidden_size=40, max_context_len=512)
     (folder / "text.txt").write_text(TEXT * 2)
@@ -97,6 +97,20 @@ def test_a_drafter_is_trained_and_written_and_drafts(files, texts, run):
     assert len(set(written.values())) == 1
 
 
+def test_bits_concern_the_file_alone(files, texts, run, monkeypatch):
+    line = f"train multi-view {{texts}} --model {{model}} -o {{folder}}/bits {TRAIN.replace('--steps 4', '--steps 1')} --device cpu --quiet"
+    assert run(line)[0] == 0
+    drafter = files["folder"] / "bits" / "drafter.safetensors"
+    before, size = read_header(drafter), drafter.stat().st_size
+    code, _, err = run(f"{line} --bits 4")  # the training is done, and is not another one
+    assert code == 0, err
+    after = read_header(drafter)
+    assert (before.bits, after.bits) == (8, 4) and after.card == before.card and drafter.stat().st_size < size
+    monkeypatch.setattr("planner.runtime.linear.GROUP", 48)
+    code, _, err = run(f"{line.replace('/bits', '/none')} --bits 4")
+    assert code == 2 and "multiples of 48, got 32; take 8 bits" in err and not (files["folder"] / "none").exists()  # before anything is trained
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -123,6 +137,8 @@ def test_a_drafter_is_trained_and_written_and_drafts(files, texts, run):
         ("train multi-view {texts} --model {model} -o {folder}/r --variant best", "--variant"),
         ("train multi-view {texts} --model {model} -o {folder}/r --temperature 0", "greedy"),
         ("train multi-view {texts} --model {model} -o {folder}/r --steps 0", "steps"),
+        ("train multi-view {texts} --model {model} -o {folder}/r --bits 5", "8 or 4 bits, got 5; change --bits"),
+        ("train block-diffusion {texts} --model {model} -o {folder}/r --head-dtype int8", "--head-dtype"),
         ("train multi-view {texts} --model {model} -o {folder}/r --look-every 0", "--look-every"),
         ("train multi-view {texts} --model {model} -o {folder}/r --held-out {text} --held-out-isl 100", "text.txt is among the texts"),
         ("train multi-view {texts} --model {model} -o {folder}/r --held-out {held} --held-out-isl 999", "--held-out-isl"),

@@ -83,7 +83,7 @@ def test_rows_of_one_value_are_restored(kind, value):
 
 
 def test_int4_refuses_widths_that_are_no_whole_groups():
-    with pytest.raises(BadInput, match="multiples of 32, got 48; use int8"):
+    with pytest.raises(BadInput, match="multiples of 32, got 48; take 8 bits"):
         Int4Linear(randn(10, 48), Kernels())
     with pytest.raises(BadInput, match="multiples of 32"):
         tiny_model().cheaper("int4")  # its intermediate_size is 48

@@ -188,6 +188,14 @@ def test_texts_to_a_head_that_can_be_loaded(tmp_path):
     head = load_head(out / "head", target, torch.float32)
     assert head.taps == (0, 1) and head.spec.num_layers == 2 and head.mask_token == 255
     assert train_block_diffusion(str(model), texts, out, settings=settings, training=training, **options) == log  # nothing is left to do
+    size = (out / "head" / "model.safetensors").stat().st_size
+    assert train_block_diffusion(str(model), texts, out, settings=settings, training=training, head_dtype="fp8", **options) == log
+    again = load_head(out / "head", target, torch.float32)
+    assert (out / "head" / "model.safetensors").stat().st_size < 0.7 * size and again.fingerprint != head.fingerprint
+    for name, tensor in head.state_dict().items():
+        off = (again.state_dict()[name] - tensor).abs()
+        most = 0 if tensor.dim() == 1 else (2**-4 + 2**-8) * tensor.abs() + tensor.abs().max() / 448 * 2**-10  # one in e4m3, one in bfloat16
+        assert (off <= most).all(), name
 
 
 REFUSALS = [
