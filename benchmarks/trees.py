@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from common import held_out, make_parser, progress, report_tables
+from continuations import continuations
 from msgspec.structs import replace
 
 import planner
 from planner.commands.session import Session, load_drafters, open_session
 from planner.errors import BadInput
 from planner.plans import Trial
-from planner.profiler.texts import Prompt, distinct_4grams, draw_prompts
+from planner.profiler.texts import Prompt, draw_prompts
 from planner.profiler.trial import run_trials
-from planner.runtime.decode import decode
-from planner.runtime.drafters import make_drafter
-from planner.runtime.model import prefill
 from planner.search.compare import objective_by_text, paired_ratio
 from planner.search.objective import Models, fit_models, predict
 from planner.search.optimize import candidates, tree_candidates
@@ -111,19 +108,13 @@ def draw(session: Session, context_len: int, temperature: float, count: int, see
     """Unseen prompts; at temperature 0 those that are not answered by repetition."""
     if temperature > 0:
         return draw_prompts(session.tokenizer, held_out(), length=context_len, count=count, seed=SEED, seen=seen)
-    kept, model, among = [], session.model, draw_prompts(session.tokenizer, held_out(), length=context_len, count=4 * count, seed=SEED, seen=seen)
-    for number, prompt in enumerate(among, 1):
-        cache = model.new_cache(context_len + OUTPUT_LEN + 1)
-        logits = prefill(model, torch.tensor([prompt.tokens]), cache)
-        rounds = decode(
-            model, cache, [prompt.tokens], logits, make_drafter(PLAIN, model), draft_len=0, sampler=Sampler(temperature=0),
-            generators=[torch.Generator()], max_new_tokens=OUTPUT_LEN,
-        )  # fmt: skip
-        if distinct_4grams([token for round_ in rounds for token in round_.tokens[0]]) >= MIN_DISTINCT:
-            kept.append(prompt)
+    among = draw_prompts(session.tokenizer, held_out(), length=context_len, count=6 * count, seed=SEED, seen=seen)
+    kept = []
+    for looked_at, found in enumerate(continuations(session.model, among, [context_len], [0.0], output_len=OUTPUT_LEN, group=8), 1):
+        kept += [among[found.number]] * (found.text.distinct_4grams >= MIN_DISTINCT)
         if len(kept) == count:
             break
-    progress(f"{len(kept)} of {number} texts are continued without repetition")
+    progress(f"{len(kept)} of {looked_at} texts are continued without repetition")
     return kept
 
 
