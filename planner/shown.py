@@ -24,14 +24,15 @@ class SpeedupMap(NamedTuple):
 
 
 class RoundCurve(NamedTuple):
-    """Rounds of one drafter and policy by how much is drafted in them, seconds."""
+    """Rounds of one drafter and policy by how much is drafted in them, seconds: tokens of chains, or nodes of trees."""
 
     drafter: DrafterSpec
     kv: KVPolicy
     context_len: int
     batch: int
-    predicted: list[tuple[int, Interval]]  # tokens drafted, round time; the interval of a cell not measured
-    measured: list[tuple[int, float]]  # tokens drafted, median
+    predicted: list[tuple[int, Interval]]  # drafted, round time; the interval of a cell not measured
+    measured: list[tuple[int, float]]  # drafted, median
+    levels: int = 0  # of the trees; 0: chains
 
 
 class AcceptanceCurve(NamedTuple):

@@ -4,6 +4,7 @@ Times are seconds, sizes bytes. `low` and `high` bound a number at 90 %, over pa
 would change, not what the step times may be off. Differences are paired: the same requests at the same moments.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from planner.specs import Count, DraftLen, Positive, Spec
 SIMULATION_SCHEMA_VERSION = 1
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Amount = Annotated[float, Meta(ge=0, le=1e15)]
+QUANTILES = (1, 2, *range(5, 100, 5), 98, 99)  # % of the requests
 
 
 class Step(Spec, kw_only=True):
@@ -38,6 +40,11 @@ class Latency(Spec, kw_only=True):
     p50: Interval
     p90: Interval
     p99: Interval
+    quantiles: list[Amount] = []  # that QUANTILES % took at most; empty in files of earlier versions
+
+    def __post_init__(self):
+        if self.quantiles and (len(self.quantiles) != len(QUANTILES) or any(a > b for a, b in pairwise(self.quantiles))):
+            raise ValueError(f"quantiles must be {len(QUANTILES)} seconds that do not fall, or none, got {len(self.quantiles)}")
 
 
 class Goodput(Spec, kw_only=True):

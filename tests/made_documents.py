@@ -18,7 +18,7 @@ from planner.measurements import encode, fingerprint
 from planner.plans import Check, CheckCell, Estimate, Interval, Plan, Sweep, SweepCell, Trial
 from planner.replays import Headroom, Length, ServedDrafter, ServedGroup, ServedReplay, UnitCosts
 from planner.schedules import Limits, Setting
-from planner.simulations import Arm, Change, Goodput, Latency, Load, Server, Simulation, Step, Use
+from planner.simulations import QUANTILES, Arm, Change, Goodput, Latency, Load, Server, Simulation, Step, Use
 from planner.specs import FullKV, Sampler, SparseKV
 from planner.tunings import CheckedLoad, Launch, Run, TunedLoad, Tuning
 
@@ -136,7 +136,8 @@ def _simulation() -> Simulation:
     steps = [Step(batch_from=1, batch_to=2**30, context_from=1, context_to=2**30, draft_len=0)]
 
     def latency(mean: float) -> Latency:
-        return Latency(mean=about(mean), p50=about(0.8 * mean), p90=about(1.9 * mean), p99=about(3.7 * mean))
+        quantiles = [float(np.interp(share, [0, 50, 90, 99], [0.2, 0.8, 1.9, 3.7])) * mean for share in QUANTILES]
+        return Latency(mean=about(mean), p50=about(0.8 * mean), p90=about(1.9 * mean), p99=about(3.7 * mean), quantiles=quantiles)
 
     def arm(name: str, tpot_s: float, against: Change | None) -> Arm:
         kept = [Goodput(limits=one, share=about(0.8), requests_per_s=about(2.0), output_tokens_per_s=about(900.0)) for one in limits]

@@ -15,7 +15,7 @@ from planner.measurements import Profile, RoundSample, fingerprint, load_profile
 from planner.plans import Check, Interval, Plan, Sweep
 from planner.serving import ServingProfile, Summary
 from planner.shown import AcceptanceCurve, RoundCurve, Shown, SpeedupMap
-from planner.specs import DraftConfig, SparseKV, Workload
+from planner.specs import DraftConfig, FixedTree, SparseKV, Workload
 
 Z90 = 1.645  # of a normal's central 90 %
 
@@ -132,24 +132,26 @@ def _map(models, plan: Plan) -> SpeedupMap:
 
 
 def _rounds(models) -> list[RoundCurve]:
-    """The fit through every timed drafter and policy, with the cells it was fitted to."""
+    """The fit through every timed drafter and policy, chains and trees, with the cells it was fitted to."""
     latency, cells = models.latency, defaultdict(list)
     for sample in models.profile.rounds:
-        if sample.role == "cell" and not sample.tree_size:
-            cells[sample.drafter, sample.kv, sample.context_len, sample.batch].append(sample)
+        if sample.role == "cell":
+            levels = sample.draft_len if sample.tree_size else 0
+            cells[sample.drafter, sample.kv, sample.context_len, sample.batch, levels].append(sample)
     curves = []
-    for (drafter, kv, context_len, batch), samples in cells.items():
-        longest = max(sample.draft_len for sample in samples)
+    for (drafter, kv, context_len, batch, levels), samples in cells.items():
+        longest = max(sample.tree_size if levels else sample.draft_len for sample in samples)
         position = float(np.mean([np.mean(sample.position) for sample in samples]))
-        config = DraftConfig(drafter=drafter, kv=kv, draft_len=longest)
+        config = DraftConfig(drafter=drafter, kv=kv, draft_len=levels or longest, tree=FixedTree(size=longest) if levels else None)
         try:
-            seconds, error = latency.round_s(config, context_len, position, batch), latency.error(batch)  # [1 + J, longest + 1]
+            seconds = latency.round_s(config, context_len, position, batch)  # [1 + J, longest + 1]
+            error = latency.error(batch, drafter if levels else None)
         except BadInput:
             continue  # a batch at which plain decoding failed
         measured = [point for sample in samples for point in _by_drafted(sample)]
         lengths = range(min(k for k, _ in measured), longest + 1)
         predicted = [(k, _with_width(seconds[0, k], seconds[1:, k], error)) for k in lengths]
-        curves.append(RoundCurve(drafter, kv, context_len, batch, predicted, sorted(measured)))
+        curves.append(RoundCurve(drafter, kv, context_len, batch, predicted, sorted(measured), levels))
     return curves
 
 

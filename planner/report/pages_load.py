@@ -9,7 +9,7 @@ from planner.report.layout import clean, format_interval, format_percent
 from planner.schedules import Compared, LoadCurve, Schedule, ScheduleRow, Setting, describe_setting
 from planner.serving import OFF, ServedCell, ServingProfile
 from planner.shown import Shown
-from planner.simulations import Arm, Latency, Simulation
+from planner.simulations import QUANTILES, Arm, Latency, Simulation
 from planner.specs import OBJECTIVES
 from planner.tunings import Run, Tuning
 
@@ -133,6 +133,8 @@ def of_simulation(simulation: Simulation) -> tuple[Answer, list[Figure]]:
     figures = [
         _percentiles(simulation.arms, "ttft_s", 1.0, "TTFT s", "Simulated time to the first token"),
         _percentiles(simulation.arms, "tpot_s", 1e3, "TPOT ms", "Simulated time per later token"),
+        _distribution(simulation.arms, "ttft_s", 1.0, "TTFT s", "Distribution of the time to the first token"),
+        _distribution(simulation.arms, "tpot_s", 1e3, "TPOT ms", "Distribution of the time per later token"),
         _over_time(simulation.arms),
         _changes(others),
         *_goodput(simulation),
@@ -361,6 +363,20 @@ def _percentiles(arms: Sequence[Arm], name: str, scale: float, column: str, titl
     text = "Mean, and what half, 90 and 99 % of the requests took at most; bars are 90 % intervals over stretches of the run."
     drawing = chart(series[:MAX_LINES], "of requests", column, log_y=_wide(series), categories=PERCENTILES, from_zero=True)
     return Figure(title, text, drawing, Numbers(columns, table))
+
+
+def _distribution(arms: Sequence[Arm], name: str, scale: float, column: str, title: str) -> Figure | None:
+    """What each share of the requests took at most; None where no setting served any, or the file is from before quantiles were kept."""
+    known = [(arm.name, latency.quantiles) for arm in arms if (latency := getattr(arm, name)) is not None and latency.quantiles]
+    if not known:
+        return None
+    series = [
+        Series(clean(arm), f"simulated {column}", [(share, scale * value) for share, value in zip(QUANTILES, values, strict=True)], marker=False)
+        for arm, values in known
+    ]
+    text = "Simulated: so many of the requests, the quickest first, took at most the time above; each setting met the same requests."
+    drawing = chart(series[:MAX_LINES], "% of requests", column, log_y=_wide(series), from_zero=True)
+    return Figure(title, text, drawing, numbers(series, "% of requests", "setting"))
 
 
 def _over_time(arms: Sequence[Arm]) -> Figure | None:

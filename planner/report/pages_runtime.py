@@ -346,23 +346,28 @@ def _acceptance(curves: Sequence[AcceptanceCurve]) -> list[Figure]:
 
 
 def _rounds(curves: Sequence[RoundCurve]) -> list[Figure]:
-    """A chart for each context and batch, a line for each drafter and policy that was timed."""
+    """A chart for each context and batch, of chains and of trees, a line for each drafter and policy that was timed."""
     figures = []
     several = len({curve.batch for curve in curves}) > 1
-    for context_len, batch in dict.fromkeys((curve.context_len, curve.batch) for curve in curves):
-        own = [curve for curve in curves if (curve.context_len, curve.batch) == (context_len, batch)]
+    for context_len, batch, trees in dict.fromkeys((curve.context_len, curve.batch, curve.levels > 0) for curve in curves):
+        own = [curve for curve in curves if (curve.context_len, curve.batch, curve.levels > 0) == (context_len, batch, trees)]
         own = sorted(own, key=lambda curve: curve.drafter.kind != "none")
         series = []
         for curve in own:
-            name = "off" if curve.drafter.kind == "none" else clean(_policy(curve.drafter, curve.kv))
+            name = "off" if curve.drafter.kind == "none" else clean(_policy(curve.drafter, curve.kv)) + f", {curve.levels} levels" * trees
             series.append(Series(name, "fitted round ms", [(k, value.scaled(1e3)) for k, value in curve.predicted], marker=False))
             series.append(Series(name, "measured round ms", [(k, 1e3 * value) for k, value in curve.measured], line=False))
         shown = [one for one in series if one.name in list(dict.fromkeys(one.name for one in series))[:MAX_CURVES]]
-        title = f"Round time by tokens drafted: {context_len} tokens" + (f", {batch} streams" if several else "")
+        title = f"Round time by {'nodes of the tree' if trees else 'tokens drafted'}: {context_len} tokens" + (
+            f", {batch} streams" if several else ""
+        )
         text = "Points are medians of measured rounds, lines the fit that plans use, bands its 90 % interval for a cell that was not measured."
         figures.append(
             Figure(
-                title, text, chart(shown, "tokens drafted in the round", "ms per round", from_zero=True), numbers(series, "tokens drafted", "drafter")
+                title,
+                text,
+                chart(shown, "nodes verified in the round" if trees else "tokens drafted in the round", "ms per round", from_zero=True),
+                numbers(series, "nodes" if trees else "tokens drafted", "drafter"),
             )
         )
     return figures

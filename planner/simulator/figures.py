@@ -7,7 +7,7 @@ import numpy as np
 
 from planner.plans import Interval
 from planner.schedules import Limits
-from planner.simulations import Arm, Change, Goodput, Latency, Step, Use
+from planner.simulations import QUANTILES, Arm, Change, Goodput, Latency, Step, Use
 from planner.simulator import metrics
 from planner.simulator.engine import Outcome, Server
 from planner.simulator.metrics import goodput, keeps, statistic
@@ -51,7 +51,10 @@ def overloaded(outcome: Outcome) -> bool:
 
 def _latency(outcome: Outcome, name: str, seed: int) -> Latency | None:
     found = {of: interval(outcome, statistic(name, of), seed=seed) for of in ("mean", "p50", "p90", "p99")}
-    return None if None in found.values() else Latency(**found)
+    if None in found.values():
+        return None
+    times = getattr(outcome, name)
+    return Latency(**found, quantiles=np.percentile(times[np.isfinite(times)], QUANTILES).tolist())
 
 
 def _goodput(outcome: Outcome, limits: Limits, seed: int) -> Goodput:

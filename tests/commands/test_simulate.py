@@ -19,7 +19,7 @@ from planner.measurements import save_profile
 from planner.plans import save_plan
 from planner.schedules import save_schedule
 from planner.serving import save_serving_profile
-from planner.simulations import Simulation
+from planner.simulations import QUANTILES, Simulation
 from planner.specs import FullKV
 
 LOAD = "--rate 8 --lengths 400:60,1500:120 --requests 60"
@@ -93,6 +93,8 @@ def test_a_profile_is_simulated_off_everywhere_and_by_its_schedule(run):
         assert (strict.limits, loose.limits) == tuple(found.limits) and strict.share.value <= loose.share.value == 1.0
         for latency in (arm.ttft_s, arm.tpot_s, arm.e2e_s):
             assert latency.p50.value <= latency.p90.value <= latency.p99.value
+            known = dict(zip(QUANTILES, latency.quantiles, strict=True))
+            assert (known[50], known[90]) == (latency.p50.value, latency.p90.value) and known[98] <= latency.p99.value == known[99]
         assert arm.output_tokens_per_s.value * arm.duration_s == pytest.approx(60 * found.load.output_len_mean)
         assert 0 < arm.busy.mean <= 1 and 0 <= arm.kv.mean <= arm.kv.max <= 1
     assert off.goodput[0].share.value < fixed.goodput[0].share.value

@@ -9,14 +9,19 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from made import made_profile
 from made_documents import DRAFTER, NAME, about, renamed, write_documents
+from made_trees import with_trees
 
 from planner.commands.show import gather
 from planner.documents import VALUES, load_document
+from planner.errors import BadInput
+from planner.measurements import encode
 from planner.plans import Interval
 from planner.report.figures import PALETTE, Rule, Series, chart, intervals
 from planner.report.html import Answer, Figure, Numbers, Page, Tile, element, render, tiles, to_csv
 from planner.report.show import compose
+from planner.simulations import QUANTILES
 
 pytest.importorskip("matplotlib")
 
@@ -168,6 +173,39 @@ def test_the_fits_of_a_profile_pass_its_measured_points(documents, pages):
     acceptance = rows_of(figure_of(pages["profile"][0], "Acceptance by kv budget"))
     assert [int(row["kv budget"]) for row in acceptance] == [64, 256]
     assert all(float(row["measured P(first draft accepted)"]) == pytest.approx(0.9, abs=1 / 255) for row in acceptance)
+
+
+def test_rounds_with_trees_are_shown_like_chains(tmp_path):
+    profile = with_trees(made_profile(contexts=(1024,), noise=0.02), sizes=(1, 8, 32))
+    (tmp_path / "trees.json").write_bytes(encode(profile))
+    rows = rows_of(figure_of(compose(gather(tmp_path / "trees.json")), "Round time by nodes of the tree"))
+    measured = {int(row["nodes"]): float(row["measured round ms"]) for row in rows if row["measured round ms"]}
+    timed = {sample.tree_size: 1e3 * float(sample.round_s.mean()) for sample in profile.rounds if sample.tree_size}
+    assert measured == pytest.approx(timed) and set(timed) == {1, 8, 32}
+    assert [int(row["nodes"]) for row in rows] == list(range(1, 33)) and all(row["fitted round ms"] for row in rows)
+    assert {row["drafter"] for row in rows if "4 levels" in row["drafter"]} == {row["drafter"] for row in rows}
+
+
+def test_distributions_of_a_simulation_are_the_documents(documents, pages, tmp_path):
+    simulation = json.loads(documents["simulation"].read_text())
+    for title, name, scale, column in (
+        ("Distribution of the time to the first token", "ttft_s", 1.0, "simulated TTFT s"),
+        ("Distribution of the time per later token", "tpot_s", 1e3, "simulated TPOT ms"),
+    ):
+        rows = rows_of(figure_of(pages["simulation"][0], title))
+        for arm in simulation["arms"]:
+            own = {int(row["% of requests"]): float(row[column]) for row in rows if row["setting"] == arm["name"]}
+            assert own == dict(zip(QUANTILES, (scale * value for value in arm[name]["quantiles"]), strict=True))
+    for arm in simulation["arms"]:
+        for name in ("ttft_s", "tpot_s", "e2e_s"):
+            del arm[name]["quantiles"]
+    (tmp_path / "earlier.json").write_text(json.dumps(simulation))
+    page = compose(gather(tmp_path / "earlier.json"))
+    assert [figure.title for figure in page.figures] == [f.title for f in pages["simulation"][0].figures if not f.title.startswith("Distribution")]
+    simulation["arms"][0]["ttft_s"]["quantiles"] = [1.0, 2.0]
+    (tmp_path / "earlier.json").write_text(json.dumps(simulation))
+    with pytest.raises(BadInput, match="quantiles must be 23 seconds"):
+        load_document(tmp_path / "earlier.json")
 
 
 def test_a_schedule_has_its_staircase_and_a_line_for_each_setting(documents, pages):
