@@ -21,6 +21,7 @@ from planner.specs import PLAIN, DraftConfig, FixedTree, Objective, Workload
 
 NUM_RUNNERS_UP = 3
 MAX_TIES = 5
+LEAST_ADAPTIVE = 4  # nodes, below which there is nothing to adapt
 NEGLIGIBLE = 0.01  # relative difference that nobody should spend a measurement on
 
 
@@ -111,19 +112,21 @@ def candidates(models: Models) -> list[DraftConfig]:
 
 
 def tree_candidates(models: Models, workload: Workload) -> tuple[list[DraftConfig], list[Rejected]]:
-    """Every tree that the profile can answer for: of each size that was timed, and adaptive up to the largest; and the adaptive ones it cannot."""
+    """Every tree that the profile can answer for: of each size that was timed, and adaptive up to it; and the adaptive ones it cannot.
+
+    The larger an adaptive tree may become, the more of it is built in vain, so how large is a choice as well.
+    """
     found, unanswered = [], []
     for drafter, kv, draft_len, max_size in models.acceptance.trees:
         chain = DraftConfig(drafter=drafter, kv=kv, draft_len=draft_len)
-        sizes = [size for size in models.latency.tree_sizes(drafter, workload.batch) if size <= max_size]
-        found += [replace(chain, tree=FixedTree(size=size)) for size in sizes]
-        if not sizes:
-            continue
-        largest = found[-1]
-        try:
-            found.append(replace(chain, tree=adaptive_tree(models.acceptance, models.latency, largest, workload)))
-        except BadInput as error:
-            unanswered.append(Rejected(config=largest, reason=f"no adaptive tree: {error}"))
+        for size in (size for size in models.latency.tree_sizes(drafter, workload.batch) if size <= max_size):
+            found.append(largest := replace(chain, tree=FixedTree(size=size)))
+            if size < LEAST_ADAPTIVE:
+                continue
+            try:
+                found.append(replace(chain, tree=adaptive_tree(models.acceptance, models.latency, largest, workload)))
+            except BadInput as error:
+                unanswered.append(Rejected(config=largest, reason=f"no adaptive tree: {error}"))
     return found, unanswered
 
 
