@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, default=Path("trees.profile.json"), help="where the profile is, or is made (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=NUM_TEXTS, help="per context and temperature")
     parser.add_argument("--family", help="kind of the drafter whose trees are compared, such as dflash; default: that of the best tree")
+    parser.add_argument("--arms", help="only these, such as plain,chain,tree_8,adaptive; default: all")
     parser.add_argument("--contexts", default=",".join(map(str, CONTEXTS)))
     parser.add_argument("--temperatures", default=",".join(f"{t:g}" for t in TEMPERATURES))
     arguments = parser.parse_args()
@@ -71,6 +72,8 @@ def main() -> None:
             workload = Workload(context_len=context_len, output_len=OUTPUT_LEN, sampler=Sampler(temperature=temperature))
             plan = make_plan(profile, fingerprint(arguments.profile), workload, objective="tpot", memory_cap_bytes=None)
             arms = choose_arms(models, workload, arguments.family) | {"planned": Arm(plan.chosen, plan.estimate.tpot_s.value)}
+            if arguments.arms:
+                arms = {name: arm for name, arm in arms.items() if name in ("plain", *arguments.arms.split(","))}
             cells.append((workload, arms, plan.seen_texts))
     load_drafters(session, [arm.config.drafter for _, arms, _ in cells for arm in arms.values()])
     tables, figures, prefilled = {}, {}, {}  # a prompt is processed once for all temperatures
@@ -91,6 +94,11 @@ def main() -> None:
         for name, value in found.items():
             kind, _, arm = name.partition("/")
             figures["/".join([kind, str(context_len), f"{temperature:g}", *([arm] if arm else [])])] = value
+    tables["time per token over that of another arm; upper and lower are ends of 90 % intervals"] = [
+        {"cell": "/".join(name.split("/")[1:])} | {"figure": name.split("/")[0], "value": f"{value:.3f}"}
+        for name, value in figures.items()
+        if not name.startswith("tpot_ms")
+    ]
     report_tables(tables, figures, arguments.json)
 
 
@@ -149,7 +157,7 @@ def judged(arms: dict[str, Arm], trials: list[Trial]) -> tuple[list[dict], dict[
     table = objective_by_text(trials, "tpot")
     means = {name: float(np.mean(list(table[arm.config].values()))) for name, arm in arms.items()}
     fixed = [name for name in arms if name.startswith("tree_")]
-    best_fixed, best = min(fixed, key=means.__getitem__), min(means, key=means.__getitem__)
+    best_fixed, best = min(fixed, key=means.__getitem__, default=None), min(means, key=means.__getitem__)
     rows, figures = [], {f"tpot_ms/{name}": 1000 * value for name, value in means.items() if name != "planned"}
     for name, arm in arms.items():
         own = [trial for trial in trials if trial.config == arm.config]
@@ -163,16 +171,15 @@ def judged(arms: dict[str, Arm], trials: list[Trial]) -> tuple[list[dict], dict[
             "nodes/round": f"{np.mean([n for trial in own for n in trial.drafted]):.1f}",
             "predicted, ms/token": f"{1000 * arm.predicted_s:.2f}",
         })  # fmt: skip
-    for kind, one, other in (
-        ("adaptive_vs_best_fixed", "adaptive", best_fixed),
-        ("planned_vs_best", "planned", best),
-        ("planned_vs_chain", "planned", "chain"),
-    ):
-        if one in arms:
+    pairs = [("adaptive_vs_best_fixed", "adaptive", best_fixed), ("planned_vs_best", "planned", best), ("planned_vs_chain", "planned", "chain")]
+    for kind, one, other in pairs:
+        if one in arms and other in arms:
             ratio = paired_ratio(table[arms[one].config], table[arms[other].config])
             figures |= {kind: 1 + ratio.value, f"{kind}_upper": 1 + ratio.high}
-    speedup = paired_ratio(table[arms["plain"].config], table[arms["planned"].config])
-    return rows, figures | {"planned_speedup": 1 + speedup.value, "planned_speedup_lower": 1 + speedup.low}
+    if "planned" in arms:
+        speedup = paired_ratio(table[arms["plain"].config], table[arms["planned"].config])
+        figures |= {"planned_speedup": 1 + speedup.value, "planned_speedup_lower": 1 + speedup.low}
+    return rows, figures
 
 
 if __name__ == "__main__":

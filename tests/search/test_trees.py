@@ -11,7 +11,7 @@ from planner.cost.tree_rounds import nodes_of, walk_trees
 from planner.errors import BadInput
 from planner.plans import Plan
 from planner.search.objective import fit_models, predict
-from planner.search.optimize import candidates, make_plan, tree_candidates
+from planner.search.optimize import LEAST_ADAPTIVE, candidates, make_plan, tree_candidates
 from planner.specs import AdaptiveTree, DraftConfig, FixedTree, FullKV, SparseKV, Workload, describe
 
 WORKLOAD = Workload(context_len=1024, output_len=129, sampler=GREEDY)
@@ -55,13 +55,13 @@ def with_tree(tree, draft_len=4) -> DraftConfig:
     return msgspec.structs.replace(CHAIN, draft_len=draft_len, tree=tree)
 
 
-def test_every_size_that_was_timed_and_an_adaptive_tree_are_candidates_of_each_number_of_levels(models):
+def test_every_size_that_was_timed_and_adaptive_trees_up_to_it_are_candidates_of_each_number_of_levels(models):
     found, unanswered = tree_candidates(models, WORKLOAD)
     assert not unanswered
     for draft_len in (2, 4):
         own = [config.tree for config in found if config.draft_len == draft_len]
-        assert [tree.size for tree in own[:-1]] == list(SIZES)
-        assert isinstance(own[-1], AdaptiveTree) and own[-1].max_size == 64
+        assert [tree.size for tree in own if isinstance(tree, FixedTree)] == list(SIZES)
+        assert [tree.max_size for tree in own if isinstance(tree, AdaptiveTree)] == [size for size in SIZES if size >= LEAST_ADAPTIVE]
     assert {config.drafter for config in found} == {SELF_SPARSE}  # n-grams have no probabilities
     assert all(config.tree is None for config in candidates(models))
 
