@@ -53,7 +53,7 @@ VERBS = {  # words behind planner; {out} is a file or folder that is not there
     "train block-diffusion": "train block-diffusion texts -o {out}",
     "train materialize": "train materialize drafter.safetensors -o {out}",
 }
-PASTED = re.compile(r"^(planner |cd -- |--)")  # lines that are to be copied stay whole
+PASTED = re.compile(r"^(planner |--|.*/run$)")  # lines that are to be copied stay whole
 BENCH = "drafter,draft_len,concurrency,context_len,output_len,tpot_s\n,0,1,1000,128,0.02\neagle3,3,1,1000,128,0.01\n"
 
 

@@ -1,5 +1,6 @@
 """What `planner export` prints."""
 
+import shlex
 from pathlib import Path
 
 from rich.text import Text
@@ -46,7 +47,12 @@ def show_export(export: Export, folder: str | Path) -> None:
     lines += [("Note", clean(note)) for note in export.notes]
     lines += [("Files", f"{clean(folder)}: {', '.join([*map(clean, export.files), 'plan.json'])}")]
     put_lines(console, lines)
-    console.print(Text(clean(export.run), style="bold"), soft_wrap=True)  # unbroken, to be pasted
+    console.print(Text(start_line(folder), style="bold"), soft_wrap=True)  # unbroken, to be pasted
+
+
+def start_line(folder: str | Path) -> str:
+    """What starts the engine from where the reader is: the line inside of `run` looks for its files beside itself."""
+    return shlex.quote(clean(Path(folder) / "run"))
 
 
 def _style(knob: Knob) -> str:

@@ -1,11 +1,15 @@
 """Answer and figures of what looks at traffic, servers and files: replay, drift, canary, capacity, audit, export."""
 
+from pathlib import Path
+
 from planner.audits import Audit
 from planner.canaries import Canary
 from planner.capacities import Capacity
 from planner.drifts import Drift
 from planner.exports import Export
+from planner.plans import Interval
 from planner.replays import ServedDrafter, ServedReplay, UnitCosts
+from planner.report.export import start_line
 from planner.report.figures import MAX_LINES, Rule, Series, chart, intervals, numbers
 from planner.report.html import Answer, Fact, Figure, Numbers
 from planner.report.layout import clean, format_interval, format_percent
@@ -88,7 +92,11 @@ def of_canary(canary: Canary) -> tuple[Answer, list[Figure]]:
     by = {"tpot": "time per token", "throughput": "tokens/s"}[canary.measure]
     cells = [(cell, cell.tpot_speedup if canary.measure == "tpot" else cell.throughput_speedup) for cell in canary.cells]
     facts = [
-        Fact(f"At {cell.concurrency}", format_interval(speedup, decimals=2), f"by {by}, {cell.num_prompts} prompts: {cell.verdict}")
+        Fact(
+            f"Measured speedup at concurrency {cell.concurrency}",
+            format_interval(speedup, decimals=2),
+            f"by {by}, {cell.num_prompts} prompts: {cell.verdict}",
+        )
         for cell, speedup in cells[:4]
     ]
     rows, table = [], []
@@ -111,10 +119,11 @@ def of_capacity(capacity: Capacity) -> tuple[Answer, list[Figure]]:
     drafting = [row for row in capacity.rows if row.draft_len]
     for row in drafting[:3]:
         even = "not known" if row.break_even_throughput is None else format_interval(row.break_even_throughput, decimals=2)
-        facts.append(
-            Fact(f"{row.drafter} K={row.draft_len} pays above", f"{even} tokens per round", f"{row.running:.0f} requests run; nothing is measured")
-        )
-    rows = [(_row(row), row.break_even_throughput) for row in drafting if row.break_even_throughput is not None]
+        reach = f"of {row.draft_len + 1} at most; {row.running:.0f} requests run; nothing is measured"
+        out_of_reach = row.break_even_throughput is not None and row.break_even_throughput.low > row.draft_len + 1
+        label = "cannot pay: it breaks even at" if out_of_reach else "pays above"
+        facts.append(Fact(f"{_row(row)} {label}", f"{even} tokens per round", reach))
+    known = [row for row in drafting if row.break_even_throughput is not None]
     table = [
         [
             _row(row),
@@ -136,10 +145,18 @@ def of_capacity(capacity: Capacity) -> tuple[Answer, list[Figure]]:
         "break-even of a request",
         "break-even of all together",
     ]
-    if not rows:
+    if not known:
         return Answer(headline, facts), []
-    drawing = intervals([(name, [("break-even", value, PREDICTED)]) for name, value in rows[:12]], "tokens a round must emit")
-    text = "By a roofline, from tuned to plain software: accepted drafts + 1 that a round must emit on average for all requests together to gain. Nothing is measured."
+    rows = [
+        (
+            _row(row),
+            [("break-even", row.break_even_throughput, PREDICTED), ("K + 1, the most that a round emits", _exactly(row.draft_len + 1), "muted")],
+        )
+        for row in known[:12]
+    ]
+    drawing = intervals(rows, "tokens per round")
+    text = "By a roofline, from tuned to plain software: accepted drafts + 1 that a round must emit on average for all requests together to gain; "
+    text += "where that lies above K + 1, drafting cannot pay. Nothing is measured."
     return Answer(headline, facts), [Figure("Break-even", text, drawing, Numbers(columns, table))]
 
 
@@ -154,7 +171,7 @@ def of_audit(audit: Audit) -> tuple[Answer, list[Figure]]:
     return Answer(headline, facts, tone="bad" if count else ""), []
 
 
-def of_export(export: Export) -> tuple[Answer, list[Figure]]:
+def of_export(export: Export, folder: Path) -> tuple[Answer, list[Figure]]:
     """The command, and what the engine cannot be told."""
     what = f"{export.method} {export.draft_model or ''}".strip() if export.method else "off"
     by = {kind: [knob.knob for knob in export.knobs if knob.fidelity == kind] for kind in ("exact", "approximated", "dropped")}
@@ -169,12 +186,16 @@ def of_export(export: Export) -> tuple[Answer, list[Figure]]:
         columns = ["concurrency", "context", "predicted speedup as planned x", "predicted speedup as exported x", "loss %"]
         drawing = intervals(rows, "speedup over off", rules=[Rule(1.0, "off")])
         figures.append(Figure("What the engine's limits cost", "Predicted, with 90 % intervals.", drawing, Numbers(columns, table)))
-    return Answer(f"{what} on {export.engine} {export.engine_version}", facts, export.run), figures
+    return Answer(f"{what} on {export.engine} {export.engine_version}", facts, start_line(folder)), figures
 
 
 def _name(one: ServedDrafter) -> str:
     name = describe_drafter(one.drafter)
     return clean(f"{name} {describe_kv(one.kv)}" if isinstance(one.kv, SparseKV) else name)
+
+
+def _exactly(value: float) -> Interval:
+    return Interval(value=value, low=value, high=value)
 
 
 def _row(row) -> str:

@@ -102,7 +102,7 @@ def _content(shown: Shown) -> tuple[Answer, list[Figure]]:
         case Audit():
             return watch.of_audit(document)
         case Export():
-            return watch.of_export(document)
+            return watch.of_export(document, shown.path.parent)
 
 
 def _source(shown: Shown) -> list[tuple[str, str]]:

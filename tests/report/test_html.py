@@ -186,6 +186,19 @@ def test_rounds_with_trees_are_shown_like_chains(tmp_path):
     assert {row["drafter"] for row in rows if "4 levels" in row["drafter"]} == {row["drafter"] for row in rows}
 
 
+def test_a_drafter_that_cannot_break_even_is_said_not_to_pay(pages):
+    (_, *facts), rows = pages["capacity"][0].answer.facts, rows_of(figure_of(pages["capacity"][0], "Break-even"))
+    drafting = [row for row in rows if row["setting"] != "no drafter"]
+    assert len(facts) == len(drafting) == 3
+    for fact, row in zip(facts, drafting, strict=True):
+        most = int(row["setting"].rpartition("=")[2]) + 1
+        assert ("cannot pay" in fact.label) == (float(row["break-even of all together low"]) > most) and f"of {most} at most" in fact.text
+
+
+def test_the_line_of_an_export_starts_it_from_anywhere(documents, pages):
+    assert pages["export"][0].answer.paste == str(documents["export"].parent / "run")
+
+
 def test_distributions_of_a_simulation_are_the_documents(documents, pages, tmp_path):
     simulation = json.loads(documents["simulation"].read_text())
     for title, name, scale, column in (
