@@ -156,8 +156,8 @@ def _row(cell: dict[str, dict[int, Done]], field: str, budget: str) -> dict[str,
         return np.array([getattr(entry, field)[budget] for _, entry in sorted(cell[drafter].items())])
 
     ours = values("multi_view")
-    for drafter, entries in cell.items():
-        if budget not in getattr(entries[0], field):
+    for drafter in (name for name in DRAFTERS if name in cell):
+        if budget not in getattr(cell[drafter][0], field):
             row[drafter] = ""
             continue
         own = values(drafter)

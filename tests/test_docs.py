@@ -28,6 +28,7 @@ NOT_RUN = {  # by how a line begins, and why it is parsed and not run
     "planner train": "needs a model and hours",
     "planner tune": "needs a server",
     "planner drift": "needs a server",
+    "planner plan trees.json": "reads a profile that needs a model",
     "planner show": "has tests of its own, in a browser",
     "planner import audit published.csv": "the file is the reader's own",
 }

@@ -19,7 +19,7 @@ TEXT = (
     "The children of the village said that he read aloud to the ships. One winter the storms were so heavy that nobody could walk "
     "out to him for a week. When the wind fell at last, the baker and her two sons went to see whether he was well. They found him "
 ) * 2
-FLOOR = 0.1  # of the drafts that were read; an untrained cut of the target has about nothing accepted
+FLOOR = {"draft_model": 0.1, "dflash": 0.03}  # of the drafts; of an untrained cut of the target about none is accepted
 
 
 def written(config: DraftConfig, temperature: float = 0.0) -> tuple[list[int], float]:
@@ -44,12 +44,12 @@ def plain() -> list[int]:
 def test_what_is_written_is_what_the_target_writes_alone(spec, kv, tree, plain):
     tokens, accepted = written(DraftConfig(drafter=spec, kv=kv, draft_len=3, tree=tree))
     assert tokens == plain and len(plain) == 40
-    assert accepted > FLOOR / (1 if tree is None else 4), accepted
+    assert accepted > FLOOR[spec.kind] / (1 if tree is None else 4), accepted
 
 
 def test_each_is_small_and_has_a_card_that_says_what_it_was_trained_on():
     own, head = own_layers_path(NAMES[0]), checkpoint_path(FOLDERS[0])
     for path, card in ((own, own.with_suffix(".md")), (head / f"model{SUFFIX}", head / "README.md")):
         assert path.stat().st_size <= 30e6
-        text = Path(card).read_text()
-        assert all(words in text for words in ("Trained on", "steps", "positions", "acceptance", "Apache-2.0")), card
+        text = Path(card).read_text().lower()
+        assert all(words in text for words in ("trained on", "steps", "positions", "acceptance", "apache-2.0")) and "@" not in text, card

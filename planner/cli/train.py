@@ -106,8 +106,11 @@ def multi_view(
 ) -> None:
     """A small drafter of the target's own layers that keeps its acceptance when its cache is cut (BudgetDraft)."""
     from planner.commands.configs import valid
+    from planner.commands.session import needs_runtime
     from planner.commands.train_multi_view import train_multi_view
     from planner.report import terminal, training
+
+    needs_runtime()
     from planner.training.multi_view import MultiViewSettings
     from planner.training.trainer import TrainSettings
 
@@ -167,8 +170,11 @@ def block_diffusion(
 ) -> None:
     """A head on the target's hidden states that drafts a whole block in one pass (DFlash). TEXTS need --taps."""
     from planner.commands.configs import valid
+    from planner.commands.session import needs_runtime
     from planner.commands.train_block_diffusion import train_block_diffusion
     from planner.report import terminal, training
+
+    needs_runtime()
     from planner.training.block_diffusion import BlockSettings
     from planner.training.trainer import TrainSettings
 

@@ -213,13 +213,19 @@ def _draft_model(session: Session, name: str, dtype) -> "Transformer":  # noqa: 
     return build_model(load_checkpoint(path, dtype, target.device), kernels, target.special_tokens)
 
 
-def _find_device(name: str | None) -> "torch.device":  # noqa: F821
+def needs_runtime() -> None:
+    """MissingExtra where models cannot be run."""
     try:
         import planner.runtime.tokenizer
         import planner.runtime.weights  # noqa: F401
-        from planner.profiler.device import find_device
     except ModuleNotFoundError as error:
         raise MissingExtra(f"running a model needs the extra [runtime] ({error.name} is missing); pip install 'specplan[runtime]'") from None
+
+
+def _find_device(name: str | None) -> "torch.device":  # noqa: F821
+    needs_runtime()
+    from planner.profiler.device import find_device
+
     return find_device(name)
 
 

@@ -340,7 +340,8 @@ def test_the_command_line_says_the_same_as_the_function(made, tmp_path, monkeypa
     with pytest.raises(SystemExit):
         main()
     report = capsys.readouterr().out
-    assert "loss %" in report and "llama-server --models-preset" in report and "dropped" in report
+    assert "loss %" in report and report.rstrip().endswith(str(tmp_path / "o" / "run")) and "dropped" in report
+    assert "llama-server --models-preset" in (tmp_path / "o" / "run").read_text()
 
 
 def test_every_engine_with_rules_has_an_exporter():
