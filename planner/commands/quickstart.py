@@ -10,7 +10,7 @@ from planner.commands.check import run_check
 from planner.commands.profile import measure
 from planner.commands.profile_settings import Settings
 from planner.commands.progress import Progress, Silent
-from planner.commands.session import DEFAULT_MODEL, open_session
+from planner.commands.session import DEFAULT_MODEL, needs_runtime, open_session
 from planner.errors import BadInput
 from planner.measurements import Profile, fingerprint, save_profile
 from planner.plans import Check, Plan, save_check, save_plan
@@ -32,6 +32,7 @@ def quickstart(
     out: str | Path = "quickstart", *, dataset: Sequence[str] = (), device: str | None = None, progress: Progress = Silent()
 ) -> Quickstart:
     """Profile at 2K tokens and temperature 1, plan, check on unseen text, draw the map; files go into the folder `out`."""
+    needs_runtime()  # before anything is written
     from planner.report.plot import speedup_map
     from planner.search.objective import fit_models, predict, with_speedup
     from planner.search.optimize import candidates, make_plan

@@ -1,5 +1,6 @@
 """What a simulation asks of an engine, and where the answers are from: measured cells, a schedule's curves, or a plan's one batch."""
 
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -91,7 +92,6 @@ class ProfileSource:
             self.notes.append(f"the size of {', '.join(unsized)} is not known: it takes no memory, and no time for prompts")
         if not model.off_measured:
             self.notes.append("off was not measured: it is taken from the cells that draft; measure it without a drafter")
-        self._prefill = self._measured_prefill()
 
     def rounds(self, drafter: str, draft_len: int, running: np.ndarray, held: np.ndarray) -> np.ndarray:
         return self._model.rounds(drafter, draft_len, running, held)
@@ -108,7 +108,8 @@ class ProfileSource:
         more = 1 + self._sizes.weights_share(drafter)
         return Prefill(*(more * part for part in self._prefill))
 
-    def _measured_prefill(self) -> Prefill | None:
+    @cached_property
+    def _prefill(self) -> Prefill | None:
         """From the time to the first token of single requests without a drafter, where no other's prompt is in the way."""
         alone = [cell for cell in self._cells if cell.concurrency == 1 and cell.ttft_s is not None and cell.drafter == OFF]
         if not alone:
