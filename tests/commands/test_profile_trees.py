@@ -99,7 +99,7 @@ def test_decoding_takes_the_rounds_that_the_replay_says(session, dataset, profil
 
 def test_a_plan_of_it_is_checked_and_its_command_writes_text(dataset, profiled, session, tmp_path, monkeypatch):
     plan = planner.plan(profiled[1], objective="tpot")
-    assert plan.num_candidates == 1 + 2 + 4 + 1
+    assert plan.num_candidates == 1 + 2 + 4 + 2  # off, chains, trees of 1, 2, 4 and 6, adaptive ones up to 4 and 6
     save_plan(plan, tmp_path / "plan.json")
     monkeypatch.setattr("planner.commands.check.open_session", lambda *_, **__: session)
     found = planner.check(tmp_path / "plan.json", dataset, num_texts=2, device="cpu")
